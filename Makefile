@@ -1,0 +1,50 @@
+# `make help` lists the targets. All that a machine needs is make and Python 3.10 or newer, with its venv module.
+PYTHON ?= python3
+VENV ?= .venv
+# More options for pip, for instance another index that holds CPU-only wheels of PyTorch.
+PIP_FLAGS ?=
+# More options for pytest, for instance PYTEST_FLAGS="-m 'not slow'".
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+SOURCES := sw_transplant tests examples benchmarks
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint pytest clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## Convert a trained network and show that it still gives the same answers
+	$(BIN)/python examples/demo.py
+
+test: lint pytest ## Lint, type check and run every test
+
+lint: $(VENV)/.test ## Check style, formatting and types
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+pytest: $(VENV)/.test ## Run every test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+clean: ## Remove the environment, builds and caches
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find $(SOURCES) -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# An empty file per extra says that it is installed; newer requirements install it again.
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo "Installing sw-transplant[$*] into $(VENV); PyTorch is large, the first time takes some minutes ..."
+	$(INSTALL) -e '.[$*]'
+	@touch $@
+
+$(VENV)/pyvenv.cfg:
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "There is no '$(PYTHON)' here. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$$($(PYTHON) --version 2>&1) is too old: 3.10 or newer is needed. Name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) lacks the modules venv and ensurepip. Install them (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,69 @@
+"""How a model is converted: one frozen, versioned dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+CONFIG_VERSION = 1
+"""Version of the JSON form of :class:`SWConfig` and of ``sw_config.json``. Readers refuse a newer one."""
+
+Mode = Literal["laid_out"]
+Form = Literal["auto", "shift", "assembled"]
+
+
+@dataclass(frozen=True)
+class SWConfig:
+    """What :func:`sw_transplant.convert` looks for, and what it puts in its place.
+
+    Args:
+        mode: ``"laid_out"``: the exact rewriting of every large kernel as tiles and placements. The function of the
+            model is preserved in eval and in train mode.
+        min_kernel: a depthwise convolution is large when its longer side has at least this many taps.
+        tile: side n of the square tiles; ``None`` picks the side per layer (:func:`equivalence.choose_tile`).
+            The paper's laid-out experiment uses 5, its final models 3.
+        form: how the modules run, see :mod:`sw_transplant.forms`. ``"shift"`` is the paper's operator: small
+            convolutions, then shift and add. ``"assembled"`` shifts the weights instead of the features: one depthwise
+            convolution, no extra memory. ``"auto"`` chooses. All give the same function; it can be changed
+            at any time through ``ShiftwiseConv2d.form``.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    mode: Mode = "laid_out"
+    min_kernel: int = 7
+    tile: int | None = None
+    form: Form = "auto"
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"SWConfig.mode: got {self.mode!r}, expected one of {get_args(Mode)}")
+        if self.form not in get_args(Form):
+            raise ValueError(f"SWConfig.form: got {self.form!r}, expected one of {get_args(Form)}")
+        if not _is_count(self.min_kernel):
+            raise ValueError(f"SWConfig.min_kernel: got {self.min_kernel!r}, expected an integer of at least 1")
+        if self.tile is not None and not _is_count(self.tile):
+            raise ValueError(f"SWConfig.tile: got {self.tile!r}, expected None or an integer of at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SWConfig:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: unknown fields, or a value outside its range.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"SWConfig: got {type(values).__name__}, expected an object with the fields of SWConfig")
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"SWConfig: unknown fields {unknown}; was this written by a newer sw_transplant?")
+        return cls(**values)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

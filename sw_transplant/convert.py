@@ -1,0 +1,171 @@
+"""The surgery: from matches to ShiftwiseConv2d modules in the original tree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+from .config import SWConfig
+from .find import Select, inspect_model
+from .match import Inspection, Match, NoLargeKernelError, SourceBranch
+from .modules import Branch, ShiftwiseConv2d
+
+
+def convert(
+    model: nn.Module, config: SWConfig | None = None, *, select: Select = None, inplace: bool = False
+) -> nn.Module:
+    """Rewrites the large depthwise convolutions of a model into Shiftwise modules, with the same function.
+
+    Every large depthwise convolution becomes a :class:`ShiftwiseConv2d` that is laid out from its weights (exact, see
+    :mod:`sw_transplant.equivalence`); a module whose forward is a sum of parallel ones becomes one, each convolution
+    keeping its BatchNorm. All the rest of the model stays what it is: class, forward, hooks, names and state of the other
+    layers. Layers that are Shiftwise already are left alone. Create the optimizer after the conversion.
+
+    Args:
+        model: any module; call :func:`inspect_model` to see what will be converted, and what not and why.
+        config: what to look for and how to run it; None for ``SWConfig()``.
+        select: glob patterns of layer paths, or a function ``(path, module) -> bool``; None for all.
+        inplace: change ``model`` itself instead of a deep copy.
+
+    Returns:
+        The converted model: a copy, or with ``inplace`` the model itself. Where the model as a whole is such a
+        convolution, its replacement.
+
+    Raises:
+        NoLargeKernelError: there is nothing to convert, and nothing was converted before.
+        ValueError: ``model`` or an argument is not what it should be.
+
+    In every case of an error the model is left as it was.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(8, 8, 31, padding=15, groups=8), nn.ReLU())
+        >>> convert(model)[0].kernel_size
+        (31, 31)
+    """
+    config = config or SWConfig()
+    inspection = inspect_model(model, config, select=select)
+    if not inspection.matches and not inspection.converted:
+        raise NoLargeKernelError(_nothing_found(inspection, config))
+    target = model if inplace else _copy(model)
+    built = [(match, build(find_site(target, match.path), match, form=config.form)) for match in inspection.matches]
+    return put(target, built)
+
+
+def put(model: nn.Module, built: Sequence[tuple[Match, ShiftwiseConv2d]]) -> nn.Module:
+    """Puts built modules in the places that their matches name: all of them, or, if anything fails, none.
+
+    Args:
+        model: changed in place.
+        built: matches with what takes their place.
+
+    Returns:
+        The model, or the new module where a match is the model itself.
+
+    Raises:
+        ValueError: the model has no such place.
+    """
+    undo: list[tuple[nn.Module, str, nn.Module | None]] = []
+    try:
+        for match, module in built:
+            if match.path == "":
+                return module
+            for place in (match.path, *match.aliases):
+                parent_path, _, name = place.rpartition(".")
+                parent = find_site(model, parent_path)
+                find_site(parent, name)
+                undo.append((parent, name, parent._modules[name]))
+                parent._modules[name] = module
+    except BaseException:
+        for parent, name, original in reversed(undo):
+            parent._modules[name] = original
+        raise
+    return model
+
+
+def build(site: nn.Module, match: Match, *, form: str) -> ShiftwiseConv2d:
+    """The Shiftwise module for one match. Its tiles are copies; the BatchNorms are the site's own modules.
+
+    Args:
+        site: the module to replace; it is not changed.
+        match: how the site is made.
+        form: execution form.
+
+    Raises:
+        ValueError: the site is not made as the match says.
+    """
+    parameters = dict(site.named_parameters(remove_duplicate=False))
+    weights = [_take(parameters, b.weight, _weight_shape(match, b), match) for b in match.branches if b.weight]
+    branches = [_branch(site, match, source, parameters, like=weights[0]) for source in match.branches]
+    module = ShiftwiseConv2d(match.in_channels, match.out_channels, match.stride, branches, form=form, match=match)
+    module.training = module.branches.training = site.training
+    for branch in branches:
+        branch.training = site.training  # and not .train(): a frozen BatchNorm stays in eval
+    return module
+
+
+def _branch(
+    site: nn.Module, match: Match, source: SourceBranch, parameters: dict[str, nn.Parameter], *, like: Tensor
+) -> Branch:
+    bn = None
+    if source.bn is not None:
+        try:
+            bn = site.get_submodule(source.bn)
+        except AttributeError as error:
+            raise ValueError(f"{match.path}: no BatchNorm {source.bn!r} in {type(site).__name__}") from error
+    if source.weight is None:
+        return Branch.identity(match.out_channels, source.tile, like, bn)
+    weight = _take(parameters, source.weight, _weight_shape(match, source), match)
+    bias = None if source.bias is None else _take(parameters, source.bias, (match.out_channels,), match)
+    grads = (weight.requires_grad, bias is not None and bias.requires_grad)
+    return Branch.from_kernel(source.geometry, weight, source.tile, bias=bias, bn=bn, requires_grad=grads)
+
+
+def _weight_shape(match: Match, source: SourceBranch) -> tuple[int, ...]:
+    return (match.out_channels, 1, *source.geometry.kernel_size)
+
+
+def _take(parameters: dict[str, nn.Parameter], name: str, shape: tuple[int, ...], match: Match) -> nn.Parameter:
+    if name not in parameters:
+        raise ValueError(
+            f"{match.path}: no parameter {name!r} there, expected one of shape {shape}; is it another model?"
+        )
+    if tuple(parameters[name].shape) != shape:
+        raise ValueError(
+            f"{match.path}.{name}: shape {tuple(parameters[name].shape)}, expected {shape}; is it another model?"
+        )
+    return parameters[name]
+
+
+def find_site(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(
+            f"{path}: the model ({type(model).__name__}) has no such layer; is it another model?"
+        ) from error
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return cast(nn.Module, copy.deepcopy(model))
+    except Exception as error:
+        raise ValueError(
+            f"model: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            "convert it in place with inplace=True"
+        ) from error
+
+
+def _nothing_found(inspection: Inspection, config: SWConfig) -> str:
+    message = f"no depthwise convolution with a kernel of {config.min_kernel} or more taps can be converted"
+    if not inspection.skipped:
+        return message + "; lower min_kernel, or see inspect_model(model)"
+    return f"{message}:\n{inspection}"

@@ -1,0 +1,276 @@
+"""Finds what can be converted: from a model to matches and to skipped layers with their reasons. Changes nothing."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .accept import conv_geometry, interference, is_depthwise, kernel_of, looks_like_conv, reason_against
+from .config import SWConfig
+from .equivalence import choose_tile
+from .geometry import Size
+from .match import Inspection, Match, Skipped, SourceBranch
+from .modules import ShiftwiseConv2d
+from .trace import LinearBranch, NotLinearError, linear_branches
+
+Select = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+"""Which layers to convert: glob patterns of paths (a pattern also selects everything below what it names), or a function
+of path and module; None selects all."""
+
+
+def inspect_model(model: nn.Module, config: SWConfig | None = None, *, select: Select = None) -> Inspection:
+    """The dry run of :func:`sw_transplant.convert`: what would be converted, and what would not and why.
+
+    Args:
+        model: any module. It is not changed and not run; of a convolution class with a forward of its own, a copy of
+            the layer is run on small random maps.
+        config: as for ``convert``; None for ``SWConfig()``.
+        select: as for ``convert``: glob patterns of layer paths, or a function ``(path, module) -> bool``.
+
+    Returns:
+        ``matches``, ``skipped`` and ``converted`` (layers that are Shiftwise already); prints as tables.
+
+    Raises:
+        ValueError: ``model`` is no module, or a pattern of ``select`` names nothing.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, expected an nn.Module")
+    return _Search(model, config or SWConfig(), select).run()
+
+
+class _Search:
+    """The modules of a model, every place that holds each, and what the search has found so far."""
+
+    def __init__(self, model: nn.Module, config: SWConfig, select: Select) -> None:
+        self.config = config
+        self.modules = {module: path for path, module in model.named_modules()}
+        self.places: dict[nn.Module, list[tuple[nn.Module | None, str]]] = {model: [(None, "")]}
+        owners: dict[Tensor, list[str]] = {}
+        for parent, path in self.modules.items():
+            if isinstance(parent, torch.jit.ScriptModule):
+                continue
+            for name, child in parent._modules.items():
+                if child is not None:
+                    self.places.setdefault(child, []).append((parent, _join(path, name)))
+            for name, parameter in parent.named_parameters(recurse=False, remove_duplicate=False):
+                owners.setdefault(parameter, []).append(_join(path, name))
+        self.tied = {parameter: names for parameter, names in owners.items() if len(names) > 1}
+        self.selected = _selector(list(self.modules.values()), select)
+        self.sums: dict[nn.Module, list[LinearBranch] | NotLinearError] = {}
+        self.claimed: set[nn.Module] = set()  # all modules of a site, of a Shiftwise or of a TorchScript module
+        self.sites: dict[nn.Module, list[LinearBranch]] = {}
+        self.left: list[tuple[nn.Module, Skipped]] = []
+
+    def run(self) -> Inspection:
+        converted = []
+        for module, path in self.modules.items():  # parents come before their children
+            if module in self.claimed:
+                continue
+            if isinstance(module, ShiftwiseConv2d):
+                converted.append(path)
+                self.claimed.update(module.modules())
+            elif isinstance(module, torch.jit.ScriptModule):
+                self._consider_script(module)
+            elif looks_like_conv(module):
+                self._consider_conv(module)
+            else:
+                self._consider_functional(module)
+        matches = tuple(self._match(site, branches) for site, branches in self.sites.items())
+        skipped = tuple(entry for module, entry in self.left if module not in self.claimed)
+        return Inspection(matches, skipped, tuple(converted))
+
+    # ---- candidates ----
+
+    def _consider_conv(self, conv: nn.Module) -> None:
+        kernel = kernel_of(conv)
+        if not self._is_large(conv):
+            if is_depthwise(conv) and max(kernel) > 1:
+                self._leave(conv, kernel, f"kernel smaller than min_kernel = {self.config.min_kernel}")
+        elif reason := reason_against(conv) or self._shared_parameters(conv):
+            self._leave(conv, kernel, reason)
+        elif not self.selected(self.modules[conv], conv):
+            self._leave(conv, kernel, "left out by select")
+        else:
+            assert isinstance(conv, nn.Conv2d)  # for mypy: reason_against refuses all else
+            bias = None if conv.bias is None else "bias"
+            stride = (conv.stride[0], conv.stride[1])
+            channels = (conv.in_channels, conv.out_channels)
+            self._claim(conv, [LinearBranch("weight", bias, None, conv_geometry(conv), stride, channels)])
+
+    def _consider_functional(self, module: nn.Module) -> None:
+        """A module of another class that holds a parameter of the shape of a large depthwise kernel."""
+        kernel = _large_depthwise_parameter(module.parameters(recurse=False), self.config.min_kernel)
+        if kernel is None:
+            return
+        branches = self._sum(module)
+        if isinstance(branches, NotLinearError):
+            reason = (
+                f"it holds a parameter of the shape of a large depthwise kernel, but {branches}; "
+                "a module whose whole forward is that convolution can be converted"
+            )
+            self._leave(module, kernel, reason)
+        elif reason_ := self._reason_against_sum(module, branches):
+            self._leave(module, kernel, reason_)
+        elif not self.selected(self.modules[module], module):
+            self._leave(module, kernel, "left out by select")
+        else:
+            self._claim(module, branches)
+
+    def _consider_script(self, module: nn.Module) -> None:
+        kernel = _large_depthwise_parameter(module.parameters(), self.config.min_kernel)
+        if kernel is not None:
+            self._leave(module, kernel, interference(module) or "")
+        self.claimed.update(set(module.modules()) - {module})
+
+    def _is_large(self, conv: nn.Module) -> bool:
+        return max(kernel_of(conv)) >= self.config.min_kernel
+
+    def _leave(self, module: nn.Module, kernel: tuple[int, ...], reason: str) -> None:
+        self.left.append((module, Skipped(self.modules[module], type(module).__name__, kernel, reason)))
+
+    # ---- from a candidate to the module that is replaced ----
+
+    def _claim(self, module: nn.Module, branches: list[LinearBranch]) -> None:
+        """Takes the highest module around the candidate whose forward is a sum of parallel branches, else itself."""
+        site = module
+        for caller in self._callers(module):
+            above = self._sum(caller)
+            if isinstance(above, NotLinearError) or self._reason_against_sum(caller, above):
+                break
+            if len(above) > 1:
+                site, branches = caller, above
+        self.sites[site] = branches
+        self.claimed.update(site.modules())
+
+    def _callers(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The modules above, nearest first, without containers; ends where a module is held in several places."""
+        while len(self.places[module]) == 1:
+            parent = self.places[module][0][0]
+            if parent is None:
+                return
+            module = parent
+            if type(module).forward is not nn.Module.forward:
+                yield module
+
+    def _sum(self, module: nn.Module) -> list[LinearBranch] | NotLinearError:
+        if module not in self.sums:
+            try:
+                self.sums[module] = linear_branches(module)
+            except NotLinearError as error:
+                self.sums[module] = error
+        return self.sums[module]
+
+    def _reason_against_sum(self, module: nn.Module, branches: list[LinearBranch]) -> str | None:
+        """Why a module whose forward is a sum of branches cannot be replaced as a whole; None if it can."""
+        inside = set(module.modules())
+        for inner in inside:
+            if reason := interference(inner) or self._shared_parameters(inner):
+                return reason
+            if inner is not module and any(parent not in inside for parent, _ in self.places[inner]):
+                return f"its part {self.modules[inner]} is also used elsewhere"
+            if looks_like_conv(inner) and self._is_large(inner) and not self.selected(self.modules[inner], inner):
+                return f"its part {self.modules[inner]} is left out by select"
+        used = {name for b in branches for name in (b.weight, b.bias) if name is not None}
+        used |= {
+            f"{b.bn}.{name}" for b in branches if b.bn for name, _ in module.get_submodule(b.bn).named_parameters()
+        }
+        held = {name for name, _ in module.named_parameters()}
+        if held != used:
+            return f"it holds parameters that its forward does not use: {sorted(held - used)[:3]}"
+        if len({(p.dtype, p.device) for p in module.parameters()}) > 1:
+            return "its parameters differ in dtype or device"
+        convolutions = [b for b in branches if b.weight is not None]
+        if len({(b.stride, b.channels) for b in convolutions}) != 1:
+            return "its convolutions differ in stride or channels"
+        stride, channels = _stride(convolutions), _channels(convolutions)
+        if len(convolutions) < len(branches) and (stride != (1, 1) or channels[0] != channels[1]):
+            return "it adds its input to a convolution that changes the size or the channels"
+        if stride != (1, 1) and any(b.geometry.padding == "same" for b in branches):
+            return "its padding depends on the size of the map"
+        if len({b.geometry.growth for b in branches}) > 1:
+            return "its branches give outputs of different sizes"
+        return None
+
+    def _shared_parameters(self, module: nn.Module) -> str | None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in self.tied:
+                return f"its weights are tied: {' and '.join(self.tied[parameter])} are one parameter"
+        return None
+
+    # ---- the result ----
+
+    def _match(self, site: nn.Module, branches: list[LinearBranch]) -> Match:
+        convolutions = [b for b in branches if b.weight is not None]
+        largest = max((b.geometry.kernel_size for b in convolutions), key=lambda size: size[0] * size[1])
+        tile = self.config.tile or choose_tile(largest)
+        sources = tuple(
+            # A tile larger than the kernel would only add taps that stay zero.
+            SourceBranch(b.weight, b.bias, b.bn, b.geometry, self.config.tile or min(tile, max(b.geometry.kernel_size)))
+            if b.weight is not None
+            else SourceBranch(None, None, b.bn, b.geometry, tile)
+            for b in branches
+        )
+        (in_channels, out_channels), before = _channels(convolutions), sum(p.numel() for p in site.parameters())
+        taps_before = sum(b.geometry.kernel_size[0] * b.geometry.kernel_size[1] for b in convolutions)
+        taps_after = sum(
+            -(-b.geometry.kernel_size[0] // b.tile) * -(-b.geometry.kernel_size[1] // b.tile) * b.tile**2
+            for b in sources
+            if b.weight is not None
+        )
+        return Match(
+            path=self.modules[site],
+            aliases=tuple(path for _, path in self.places[site] if path != self.modules[site]),
+            type_name=type(site).__name__,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            stride=_stride(convolutions),
+            branches=sources,
+            parameters_before=before,
+            parameters_after=before + out_channels * (taps_after - taps_before),
+        )
+
+
+def _stride(convolutions: list[LinearBranch]) -> Size:
+    stride = convolutions[0].stride
+    return (1, 1) if stride is None else stride
+
+
+def _channels(convolutions: list[LinearBranch]) -> tuple[int, int]:
+    channels = convolutions[0].channels
+    return (0, 0) if channels is None else channels
+
+
+def _large_depthwise_parameter(parameters: Iterator[nn.Parameter], min_kernel: int) -> Size | None:
+    """Kernel size of the first parameter of shape (C > 1, 1, kh, kw) with a large kernel."""
+    for parameter in parameters:
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin) or parameter.dim() != 4:
+            continue
+        channels, one, kh, kw = parameter.shape
+        if channels > 1 and one == 1 and max(kh, kw) >= min_kernel:
+            return kh, kw
+    return None
+
+
+def _selector(paths: list[str], select: Select) -> Callable[[str, nn.Module], bool]:
+    if select is None:
+        return lambda path, module: True
+    if callable(select):
+        return lambda path, module: bool(select(path, module))
+    patterns = [select] if isinstance(select, str) else list(select)
+
+    def matches(path: str, pattern: str) -> bool:
+        return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
+
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ValueError(f"select: got an entry {pattern!r}, expected glob patterns of layer paths or one function")
+        if not any(matches(path, pattern) for path in paths):
+            raise ValueError(f"select: pattern {pattern!r} names no layer of the model; see model.named_modules()")
+    return lambda path, module: any(matches(path, pattern) for pattern in patterns)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,236 @@
+"""The execution forms of a Shiftwise module: exact ways to run the same sum of placed tiles.
+
+A form has two steps. ``prepare`` turns the branches into the tensors that the form multiplies with (a plan, which depends
+on parameters only and can be cached in eval); ``execute`` applies a plan to a feature map. To add a form, write the two
+steps, enter it in ``FORMS`` and teach :func:`choose_form` when to take it.
+
+    form        prepare                                             execute
+    shift       concatenates banks of equal tile and dilation       small convolutions, then shift and add (the paper)
+    assembled   puts the tiles at their placements: large kernels   depthwise convolution with these kernels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .equivalence import gather_kernel
+from .geometry import Extent, Size, enclose
+from .ops import shift_add
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One linear branch: a bank, where its tiles go, and where the kernel they make lies over the map.
+
+    Attributes:
+        bank: ``(C_out, T, n, n)``; taps outside the kernel are zero.
+        placements: ``(G, P, 3)`` int32, rows ``(tile, dy, dx)`` in taps from the kernel's first one.
+        index: the assembly index of these placements (:func:`equivalence.assembly_index`).
+        extent: taps, padding before the map, dilation.
+    """
+
+    bank: Tensor
+    placements: Tensor
+    index: Tensor
+    extent: Extent
+
+
+@dataclass(frozen=True)
+class DenseKernel:
+    """A depthwise kernel ``(C_out, 1, kh, kw)`` and where it lies."""
+
+    weight: Tensor
+    extent: Extent
+
+
+class Geometry(NamedTuple):
+    """What the forms need to know of one call: size of the output map, and the stride."""
+
+    out_size: Size
+    stride: Size
+
+
+Outputs = Sequence[Sequence[Placed]]
+"""Output k of a form is the sum of the placed branches in entry k."""
+Biases = Sequence[Tensor | None]
+"""What is added to output k, ``(C_out,)``, or None."""
+
+
+# ---- shift: the paper's operator ------------------------------------------------------------------------------------
+
+
+class _TileGroup(NamedTuple):
+    weight: Tensor  # (C_out * T, 1, n, n): all tiles of one side and one dilation
+    tiles: int  # T
+    table: Tensor  # (K, G, P, 3) int32, offsets into the responses
+    outputs: list[int]  # which output entry k of the table adds to
+    dilation: Size
+
+
+def prepare_shift(outputs: Outputs) -> list[_TileGroup]:
+    """Groups banks of equal tile and dilation, so that one convolution and one shift serve all their branches."""
+    members: dict[tuple[int, Size], list[tuple[int, Placed]]] = {}
+    for k, branches in enumerate(outputs):
+        for branch in branches:
+            members.setdefault((branch.bank.shape[2], branch.extent.dilation), []).append((k, branch))
+    groups = []
+    for (tile, dilation), placed in members.items():
+        weight = torch.cat([branch.bank for _, branch in placed], dim=1).reshape(-1, 1, tile, tile)
+        tables: dict[int, list[Tensor]] = {}
+        first = 0
+        for k, branch in placed:
+            tables.setdefault(k, []).append(_response_offsets(branch, first))
+            first += branch.bank.shape[1]
+        groups.append(_TileGroup(weight, first, _stack_tables(list(tables.values())), list(tables), dilation))
+    return groups
+
+
+def _response_offsets(branch: Placed, first: int) -> Tensor:
+    """Placements of the kernel -> rows (tile, y, x): output (h, w) reads response (stride * h + y, stride * w + x).
+
+    The responses exist wherever a tile touches the map (full padding, dilation * (n - 1)); DESIGN's index formula.
+    """
+    n = branch.bank.shape[2]
+    (dh, dw), (top, left) = branch.extent.dilation, branch.extent.origin
+    tile, dy, dx = branch.placements.unbind(-1)
+    y = dh * (dy + n - 1) - top
+    x = dw * (dx + n - 1) - left
+    return torch.stack([torch.where(tile < 0, -1, tile + first), y, x], dim=-1).to(torch.int32)  # (G, P, 3)
+
+
+def _stack_tables(tables: list[list[Tensor]]) -> Tensor:
+    """Per output a list of (G, P_i, 3) -> (K, G, P, 3), filled up with absent rows (tile -1)."""
+    channels = max(table.shape[0] for parts in tables for table in parts)
+    joined = [torch.cat([table.expand(channels, -1, -1) for table in parts], dim=1) for parts in tables]
+    rows = max(table.shape[1] for table in joined)
+    return torch.stack([F.pad(table, (0, 0, 0, rows - table.shape[1]), value=-1) for table in joined])
+
+
+def execute_shift(x: Tensor, plan: list[_TileGroup], biases: Biases, geometry: Geometry) -> list[Tensor]:
+    """Small depthwise convolutions with full padding, then shift and add. Memory: T times the input."""
+    results: dict[int, Tensor] = {}
+    for group in plan:
+        n, (dh, dw) = group.weight.shape[2], group.dilation
+        z = F.conv2d(x, group.weight, None, 1, (dh * (n - 1), dw * (n - 1)), group.dilation, x.shape[1])
+        z = z.unflatten(1, (-1, group.tiles))  # (B, C_out, T, Hz, Wz)
+        shifted = shift_add(z, group.table, geometry.out_size, geometry.stride)
+        for k, y in zip(group.outputs, shifted.unbind(0), strict=True):
+            results[k] = results[k] + y if k in results else y
+    return [
+        y if bias is None else y + bias[:, None, None]
+        for bias, (_, y) in zip(biases, sorted(results.items()), strict=True)
+    ]
+
+
+# ---- assembled: shift the weights instead ---------------------------------------------------------------------------
+
+
+def prepare_assembled(outputs: Outputs) -> list[list[DenseKernel]]:
+    """Per output the large kernels, as few as possible without adding work (see :func:`join_kernels`)."""
+    return [join_kernels([dense_kernel(branch) for branch in branches]) for branches in outputs]
+
+
+def dense_kernel(branch: Placed) -> DenseKernel:
+    """The kernel that a placed branch makes."""
+    return DenseKernel(gather_kernel(branch.bank, branch.index, branch.extent.kernel_size), branch.extent)
+
+
+def join_kernels(kernels: Sequence[DenseKernel]) -> list[DenseKernel]:
+    """Adds kernels up into one wherever the sum has no more taps than its parts.
+
+    A 5 x 5 vanishes in a 51 x 5, and dilated kernels in the square that they lie in. A 51 x 5 and a 5 x 51 stay two: their
+    sum would be a 51 x 51 with five times the work.
+    """
+    joined: list[DenseKernel] = []
+    for kernel in sorted(kernels, key=lambda k: -k.extent.taps):
+        for i, other in enumerate(joined):
+            if enclose(other.extent, kernel.extent).taps <= other.extent.taps + kernel.extent.taps:
+                joined[i] = add_kernels(other, kernel)
+                break
+        else:
+            joined.append(kernel)
+    return joined
+
+
+def add_kernels(a: DenseKernel, b: DenseKernel) -> DenseKernel:
+    """The one kernel whose response is the sum of both. Exact but for the rounding of taps that meet."""
+    outer = enclose(a.extent, b.extent)
+    return DenseKernel(_embed(a, outer) + _embed(b, outer), outer)
+
+
+def _embed(kernel: DenseKernel, outer: Extent) -> Tensor:
+    """The kernel's taps on the lattice of an enclosing extent, zeros elsewhere."""
+    weight, inner = kernel.weight, kernel.extent
+    for axis in range(2):
+        spread = inner.dilation[axis] // outer.dilation[axis]
+        dim = 2 + axis
+        taps = (weight.shape[dim] - 1) * spread + 1
+        if spread > 1:  # write the gaps out as zeros
+            gaps = weight.unsqueeze(dim + 1)
+            gaps = F.pad(gaps, [0, 0] * (gaps.dim() - dim - 2) + [0, spread - 1])
+            weight = gaps.flatten(dim, dim + 1).narrow(dim, 0, taps)
+        before = (outer.origin[axis] - inner.origin[axis]) // outer.dilation[axis]
+        after = outer.kernel_size[axis] - before - taps
+        weight = F.pad(weight, (before, after) if axis else (0, 0, before, after))
+    return weight
+
+
+def execute_assembled(x: Tensor, plan: list[list[DenseKernel]], biases: Biases, geometry: Geometry) -> list[Tensor]:
+    """One depthwise convolution per large kernel. Memory: that of the original convolutions."""
+    return [
+        reduce(add, [_convolve(x, kernel, bias if i == 0 else None, geometry) for i, kernel in enumerate(kernels)])
+        for kernels, bias in zip(plan, biases, strict=True)
+    ]
+
+
+def _convolve(x: Tensor, kernel: DenseKernel, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """conv2d pads both sides alike; where that does not give the wanted output, the map is padded (or cut) first."""
+    padding, after, symmetric = list(kernel.extent.origin), [], True
+    for axis in range(2):
+        out, stride = geometry.out_size[axis], geometry.stride[axis]
+        reach = kernel.extent.dilation[axis] * (kernel.extent.kernel_size[axis] - 1)
+        after.append((out - 1) * stride + reach + 1 - x.shape[2 + axis] - padding[axis])
+        # Up to stride - 1 rows at the end may go unread: a conv2d that pads that much more gives the same output.
+        symmetric = symmetric and 0 <= padding[axis] - after[axis] < stride
+    if not symmetric:
+        x = F.pad(x, (padding[1], after[1], padding[0], after[0]))
+        padding = [0, 0]
+    return F.conv2d(x, kernel.weight, bias, geometry.stride, padding, kernel.extent.dilation, x.shape[1])
+
+
+# ---- the choice -----------------------------------------------------------------------------------------------------
+
+
+class ExecutionForm(NamedTuple):
+    prepare: Callable[[Outputs], Any]
+    execute: Callable[[Tensor, Any, Biases, Geometry], list[Tensor]]
+
+
+FORMS: dict[str, ExecutionForm] = {
+    "shift": ExecutionForm(prepare_shift, execute_shift),
+    "assembled": ExecutionForm(prepare_assembled, execute_assembled),
+}
+
+
+def choose_form(requested: str) -> str:
+    """The form that runs, by name.
+
+    ``"auto"`` takes ``"assembled"``: on every device it needs a T-th of the memory of ``"shift"`` and is the faster of
+    the two.
+
+    Raises:
+        ValueError: no form has this name.
+    """
+    if requested == "auto":
+        return "assembled"
+    if requested not in FORMS:
+        raise ValueError(f"form: got {requested!r}, expected 'auto' or one of {sorted(FORMS)}")
+    return requested

@@ -1,0 +1,180 @@
+"""Saves a converted model, and rebuilds it on a model of the original architecture. Safetensors and JSON only."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import CONFIG_VERSION
+from .convert import build, find_site, put
+from .match import Match
+from .modules import ShiftwiseConv2d
+
+CONFIG_NAME = "sw_config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Writes ``model.safetensors`` (the whole state_dict) and ``sw_config.json`` (path and geometry of every Shiftwise layer).
+
+    Args:
+        model: a converted model.
+        folder: made if it is absent; files of these two names in it are replaced.
+
+    Raises:
+        ValueError: the model has no Shiftwise layer, one that cannot be rebuilt from the original architecture
+            (reparameterized, or built by hand), or state that is no tensor.
+    """
+    from safetensors.torch import save_file
+
+    layers = [
+        _layer(path, module, model) for path, module in model.named_modules() if isinstance(module, ShiftwiseConv2d)
+    ]
+    if not layers:
+        raise ValueError(f"save: {type(model).__name__} has no Shiftwise layer, expected a model from convert(model)")
+    tensors, shared = _distinct(model)
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    description = {"version": CONFIG_VERSION, "layers": layers, "shared": shared}
+    _write(target / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _write(target / CONFIG_NAME, lambda path: path.write_text(json.dumps(description, indent=1) + "\n"))
+
+
+def load(base_model: nn.Module, folder: str | os.PathLike[str], *, inplace: bool = False) -> nn.Module:
+    """Rebuilds a saved model: exchanges the layers that ``sw_config.json`` names, then loads the weights, strictly.
+
+    Nothing is searched or traced. A model on the meta device takes the tensors of the file as they are.
+
+    Args:
+        base_model: a model of the original architecture, not converted; its weights do not matter.
+        folder: what :func:`save` wrote.
+        inplace: change ``base_model`` itself instead of a deep copy.
+
+    Returns:
+        The converted model with the saved weights, on the device of ``base_model``.
+
+    Raises:
+        ValueError: files that are absent, truncated or written by a newer version; a layer that ``base_model`` does not
+            have; missing or unexpected weights, another shape or dtype. ``base_model`` is then left as it was.
+    """
+    source = Path(folder)
+    layers, shared = _read_description(source / CONFIG_NAME)
+    weights = _read_weights(source / WEIGHTS_NAME)
+    for alias, name in shared.items():
+        if name in weights:
+            weights[alias] = weights[name]
+    target = base_model if inplace else copy.deepcopy(base_model)
+    built = [(match, build(find_site(target, match.path), match, form=form)) for match, form in layers]
+    _check(_state_after(target, built), weights, source / WEIGHTS_NAME)
+    model = put(target, built)
+    model.load_state_dict(weights, strict=True, assign=any(tensor.is_meta for tensor in model.state_dict().values()))
+    return model
+
+
+def _layer(path: str, module: ShiftwiseConv2d, model: nn.Module) -> dict[str, Any]:
+    if not isinstance(module.match, Match):
+        raise ValueError(
+            f"{path}: this Shiftwise layer cannot be rebuilt from the original architecture (it was reparameterized or built "
+            "by hand); save a merged model's state_dict instead, see merge(model)"
+        )
+    places = tuple(place for place, other in model.named_modules(remove_duplicate=False) if other is module)
+    match = replace(module.match, path=path, aliases=tuple(place for place in places if place != path))
+    return {"form": module.form, **match.to_dict()}
+
+
+def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state_dict without repetitions, and which name stands for which: safetensors holds every tensor once."""
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"save: entry {name!r} of the state_dict is {type(tensor).__name__}, expected a tensor")
+        identity = (tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and identity in first:
+            shared[name] = first[identity]
+        else:
+            first[identity] = name
+            tensors[name] = tensor.detach().contiguous().clone() if _is_view(tensor) else tensor.detach().contiguous()
+    return tensors, shared
+
+
+def _is_view(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+
+
+def _write(path: Path, write: Any) -> None:
+    """Writes beside the file and renames: an interrupted save does not leave half a file."""
+    temporary = path.with_name(path.name + ".partial")
+    write(temporary)
+    temporary.replace(path)
+
+
+def _read_description(path: Path) -> tuple[list[tuple[Match, str]], dict[str, str]]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, expected the folder that save(model, folder) wrote")
+    try:
+        description = json.loads(path.read_text())
+        version = description["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, or not written by save(model, folder) ({error})") from error
+    if not isinstance(version, int) or version > CONFIG_VERSION:
+        raise ValueError(
+            f"{path}: version {version!r}, this sw_transplant reads up to {CONFIG_VERSION}; upgrade sw-transplant to load it"
+        )
+    try:
+        layers = [dict(layer) for layer in description["layers"]]
+        forms = [layer.pop("form") for layer in layers]
+        shared = dict(description["shared"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged, or not written by save(model, folder) ({error!r})") from error
+    return [(Match.from_dict(layer), form) for layer, form in zip(layers, forms, strict=True)], shared
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, expected the folder that save(model, folder) wrote")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: truncated or damaged ({error}); save the model again") from error
+
+
+def _state_after(model: nn.Module, built: list[tuple[Match, ShiftwiseConv2d]]) -> dict[str, Tensor]:
+    """The state_dict that the model will have once the built layers are in their places."""
+    state = model.state_dict()
+    for match, module in built:
+        for place in (match.path, *match.aliases):
+            prefix = f"{place}." if place else ""
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+            state |= {prefix + name: tensor for name, tensor in module.state_dict().items()}
+    return state
+
+
+def _check(expected: dict[str, Tensor], got: dict[str, Tensor], path: Path) -> None:
+    problems = []
+    for what, names in (("missing", expected.keys() - got.keys()), ("unexpected", got.keys() - expected.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:3])
+            problems.append(f"{len(names)} {what} ({shown}{', ...' if len(names) > 3 else ''})")
+    for name in sorted(expected.keys() & got.keys()):
+        wanted, there = expected[name], got[name]
+        if wanted.shape != there.shape or wanted.dtype != there.dtype:
+            problems.append(
+                f"{name}: {there.dtype} {tuple(there.shape)} in the file, {wanted.dtype} {tuple(wanted.shape)} in the model"
+            )
+    if problems:
+        raise ValueError(
+            f"{path}: does not fit the model: {'; '.join(problems[:5])}; expected a base model of the same architecture, "
+            "class count and dtype as the one that was saved"
+        )

@@ -1,0 +1,18 @@
+"""Checkpoint-compatible definitions of the published large-kernel networks, registered with timm on import.
+
+After ``import sw_transplant.models``, ``timm.create_model`` knows ``slak_tiny|small|base|large``,
+``replknet_31b|31l|xl`` and ``unireplknet_a|f|p|n|t|s|b|l|xl``. Parameter names and shapes are the published ones;
+official weight files are read by `load_checkpoint`.
+"""
+
+try:
+    import timm  # noqa: F401
+except ImportError as error:
+    raise ImportError('sw_transplant.models needs timm: pip install "sw-transplant[timm]"') from error
+
+from sw_transplant.models.checkpoint import load_checkpoint
+from sw_transplant.models.replknet import RepLKNet
+from sw_transplant.models.slak import SLaK
+from sw_transplant.models.unireplknet import UniRepLKNet
+
+__all__ = ["RepLKNet", "SLaK", "UniRepLKNet", "load_checkpoint"]

@@ -1,0 +1,115 @@
+"""Reading official weight files: strictly, and without running code that is stored in them."""
+
+import argparse
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+__all__ = ["load_checkpoint"]
+
+# Where training code keeps the weights inside its checkpoint, in order of preference.
+WRAPPINGS = ("model", "state_dict", "module", "model_ema")
+# What DistributedDataParallel and torch.compile put in front of names, in any order and number.
+PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
+SHOWN = 3
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load an official checkpoint into `model`, in place; every tensor of the model must be in it, and nothing else.
+
+    A ``.safetensors`` file is read as such, any other by ``torch.load(weights_only=True)``, which runs no stored code
+    (``argparse.Namespace``, the training arguments of the official files, is the one extra class allowed). The weights
+    may lie under 'model', 'state_dict', 'module' or 'model_ema', the first of these that holds tensors, or at the top.
+    Prefixes 'module.' and '_orig_mod.' are ignored, in the file and in the model. Values are cast to the model's dtype
+    and device.
+
+    Args:
+        model: the network, for instance ``timm.create_model('slak_tiny')``.
+        path: the file.
+
+    Raises:
+        ValueError: if the file is missing or cannot be read safely, if it holds no weights of this model, or if a
+            tensor is missing, unexpected or of another shape. The model is then as it was.
+    """
+    path = Path(path)
+    weights = _without_prefixes(_unwrap(_read(path), path), path)
+    own = {PREFIXES.sub("", name): name for name in model.state_dict()}
+    _check(model, own, weights, path)
+    model.load_state_dict({own[name]: tensor for name, tensor in weights.items()})
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file (expected an official checkpoint, .pth or .safetensors)")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged pickle can fail in any way whatever: the bytes decide which error it is.
+    except Exception as error:
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint of plain weights: it is damaged, or holds objects other than "
+            f"tensors that are not safe to load. Download it again, or save its state_dict alone. "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _unwrap(content: Any, path: Path) -> Mapping[str, Any]:
+    """The weights inside what the file holds."""
+    if isinstance(content, Mapping):
+        for weights in (*(content.get(name) for name in WRAPPINGS), content):
+            if isinstance(weights, Mapping) and any(isinstance(entry, torch.Tensor) for entry in weights.values()):
+                return weights
+    found = f"the entries {list(content)[:SHOWN]}" if isinstance(content, Mapping) else type(content).__name__
+    raise ValueError(f"{path}: holds no weights, only {found} (expected a state_dict, or one under {WRAPPINGS})")
+
+
+def _without_prefixes(weights: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    bare: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: entry {name!r} is of type {type(tensor).__name__}, expected a tensor")
+        short = PREFIXES.sub("", name)
+        if short in bare:
+            raise ValueError(f"{path}: {short!r} comes twice, with and without the prefix of a wrapper")
+        bare[short] = tensor
+    return bare
+
+
+def _check(model: nn.Module, own: Mapping[str, str], weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raise one ValueError that names what does not fit."""
+    state = model.state_dict()
+    where = f"{path} does not fit {type(model).__name__}"
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ValueError(f"{where}: the model is on the meta device; give it memory first: model.to_empty(device=...)")
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    if len(missing) == len(own):
+        raise ValueError(
+            f"{where}: none of its {len(weights)} tensors is one of the model's "
+            f"(it has {_some(unexpected)}; the model has {_some(missing)})"
+        )
+    reshaped = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(state[full].shape)}"
+        for name, full in own.items()
+        if name in weights and weights[name].shape != state[full].shape
+    ]
+    wrong = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    if any(wrong.values()):
+        faults = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in wrong.items() if names)
+        raise ValueError(f"{where}: {faults}. Build the model with the settings the file was made with")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

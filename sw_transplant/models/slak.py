@@ -1,0 +1,141 @@
+"""SLaK: a ConvNeXt whose 7 × 7 kernels became strips of 51 × 5 and 5 × 51 (Liu et al., ICLR 2023)."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from timm.layers.drop import DropPath
+from timm.layers.norm import LayerNorm2d
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+
+from sw_transplant.models.large_kernel import ReparamLargeKernelConv
+from sw_transplant.models.registry import build, preprocessing
+from sw_transplant.models.staged import StagedNet, drop_path_rates, init_truncated_normal, require_stages
+
+__all__ = ["SLaK"]
+
+
+def _branches(long: int, short: int, decomposed: bool) -> dict[str, tuple[int, int]]:
+    large = {"LoRA1": (long, short), "LoRA2": (short, long)} if decomposed else {"lkb_origin": (long, long)}
+    return {**large, "small_conv": (short, short)}
+
+
+class Block(nn.Module):
+    """Strips, LayerNorm, a two-layer perceptron per position, layer scale, residual."""
+
+    def __init__(self, dim: int, branches: dict[str, tuple[int, int]], drop_path: float, layer_scale: float) -> None:
+        super().__init__()
+        self.large_kernel = ReparamLargeKernelConv(dim, branches)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma = nn.Parameter(layer_scale * torch.ones(dim)) if layer_scale > 0 else None
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.large_kernel(x).permute(0, 2, 3, 1)  # (B, H, W, C)
+        y = self.pwconv2(self.act(self.pwconv1(self.norm(y))))
+        if self.gamma is not None:
+            y = self.gamma * y
+        return x + self.drop_path(y.permute(0, 3, 1, 2))
+
+
+class SLaK(StagedNet):
+    """SLaK, with the parameter names and shapes of its published checkpoints (SLaK, Section 4.1).
+
+    Args:
+        in_chans: channels of the input image.
+        num_classes: outputs of the classifier; 0 for none.
+        depths: blocks of the four stages.
+        dims: channels of the four stages, before `width_factor`.
+        kernel_size: the long side of the kernel in each of the four stages, then the short side of all strips.
+        width_factor: multiplies `dims`, rounding down; 1.3 in the published sizes.
+        drop_path_rate: stochastic depth of the last block; the others rise to it linearly.
+        layer_scale_init_value: initial layer scale; none if not positive.
+        head_init_scale: factor on the classifier's initial weights.
+        Decom: strips (the published models) if true, square kernels otherwise.
+        global_pool: 'avg', 'max', 'avgmax', or '' without classifier.
+        drop_rate: dropout in front of the classifier.
+
+    Raises:
+        ValueError: if a setting has the wrong number of entries or a kernel an even side.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        depths: Sequence[int] = (3, 3, 9, 3),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        kernel_size: Sequence[int] = (51, 49, 47, 13, 5),
+        width_factor: float = 1.0,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        head_init_scale: float = 1.0,
+        Decom: bool = True,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+    ) -> None:
+        require_stages("SLaK", depths=depths, dims=dims)
+        if len(kernel_size) != len(dims) + 1:
+            raise ValueError(
+                f"SLaK: kernel_size={kernel_size!r} has {len(kernel_size)} entries, "
+                f"expected {len(dims) + 1}, one per stage and the short side of the strips"
+            )
+        dims = [int(dim * width_factor) for dim in dims]
+        super().__init__(dims, in_chans, drop_rate)
+
+        stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), LayerNorm2d(dims[0], eps=1e-6))
+        self.downsample_layers = nn.ModuleList([stem])
+        for narrow, wide in pairwise(dims):
+            halving = nn.Conv2d(narrow, wide, kernel_size=2, stride=2)
+            self.downsample_layers.append(nn.Sequential(LayerNorm2d(narrow, eps=1e-6), halving))
+
+        *long_sides, short = kernel_size
+        self.stages = nn.ModuleList()
+        for dim, long, rates in zip(dims, long_sides, drop_path_rates(drop_path_rate, depths), strict=True):
+            branches = _branches(long, short, Decom)
+            self.stages.append(nn.Sequential(*[Block(dim, branches, rate, layer_scale_init_value) for rate in rates]))
+
+        self.norm = LayerNorm2d(dims[-1], eps=1e-6)
+        self.reset_classifier(num_classes, global_pool)
+        init_truncated_normal(self)
+        if isinstance(self.head, nn.Linear):
+            self.head.weight.data.mul_(head_init_scale)
+
+
+default_cfgs = generate_default_cfgs(
+    {f"slak_{size}": preprocessing("downsample_layers.0.0") for size in ("tiny", "small", "base", "large")}
+)
+
+
+def _geometry(width: int, third: int) -> dict[str, Any]:
+    """A published size: ConvNeXt's `width` of the first stage, doubled from stage to stage, and the third's depth."""
+    return {"depths": (3, 3, third, 3), "dims": tuple(width * 2**stage for stage in range(4)), "width_factor": 1.3}
+
+
+@register_model
+def slak_tiny(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK-T, 50.7 M parameters."""
+    return build(SLaK, "slak_tiny", pretrained, _geometry(96, 9), **kwargs)
+
+
+@register_model
+def slak_small(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK-S, 91.1 M parameters."""
+    return build(SLaK, "slak_small", pretrained, _geometry(96, 27), **kwargs)
+
+
+@register_model
+def slak_base(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK-B, 158.0 M parameters."""
+    return build(SLaK, "slak_base", pretrained, _geometry(128, 27), **kwargs)
+
+
+@register_model
+def slak_large(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK-L, 346.6 M parameters."""
+    return build(SLaK, "slak_large", pretrained, _geometry(192, 27), **kwargs)

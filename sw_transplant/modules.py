@@ -1,0 +1,401 @@
+"""ShiftwiseConv2d: a large depthwise convolution, or a sum of parallel ones, as banks of small tiles and placements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from .equivalence import assembly_index, grid_placements, lay_out, support
+from .forms import FORMS, Biases, DenseKernel, Geometry, Placed, add_kernels, choose_form, dense_kernel, join_kernels
+from .geometry import BranchGeometry, Extent, Padding, Size, enclose
+
+
+class Branch(nn.Module):
+    """A bank of tiles, their placements, and optionally a bias and a BatchNorm that follow the shift.
+
+    Args:
+        geometry: the kernel that the tiles make.
+        bank: ``(C_out, T, n, n)``: a Parameter, or a plain tensor that is not trained (the identity).
+        placements: ``(P, 3)`` or ``(C_out, P, 3)`` int32, rows ``(tile, dy, dx)``.
+        bias: ``(C_out,)`` Parameter added before the BatchNorm, or None.
+        bn: a BatchNorm over C_out channels, or None.
+    """
+
+    bank: Tensor
+    placements: Tensor
+    index: Tensor
+    support: Tensor | None
+
+    def __init__(
+        self,
+        geometry: BranchGeometry,
+        bank: Tensor,
+        placements: Tensor,
+        bias: nn.Parameter | None = None,
+        bn: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.geometry = geometry
+        if isinstance(bank, nn.Parameter):
+            self.bank = bank
+        else:
+            self.register_buffer("bank", bank)
+        table = placements if placements.dim() == 3 else placements[None]
+        self.register_buffer("placements", table.to(bank.device))
+        self.register_parameter("bias", bias)
+        self.bn = bn
+        index = assembly_index(table, bank.shape[1], bank.shape[2], geometry.kernel_size)
+        inside = support(table, bank.shape[1], bank.shape[2], geometry.kernel_size)
+        self.register_buffer("index", index.to(bank.device), persistent=False)
+        # Tiles that reach beyond the kernel are filled with zeros, and stay zero whatever an optimizer does.
+        self.register_buffer("support", None if bool(inside.all()) else inside.to(bank.device), persistent=False)
+
+    @classmethod
+    def from_kernel(
+        cls,
+        geometry: BranchGeometry,
+        kernel: Tensor,
+        tile: int,
+        *,
+        bias: Tensor | None = None,
+        bn: nn.Module | None = None,
+        requires_grad: tuple[bool, bool] = (True, True),
+    ) -> Branch:
+        """Lays out a kernel ``(C_out, 1, kh, kw)``. ``requires_grad`` is that of the kernel and of the bias."""
+        bank, _ = lay_out(kernel.detach(), tile)
+        return cls(
+            geometry,
+            nn.Parameter(bank, requires_grad=requires_grad[0]),
+            grid_placements(geometry.kernel_size, tile),
+            None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=requires_grad[1]),
+            bn,
+        )
+
+    @classmethod
+    def identity(cls, channels: int, tile: int, like: Tensor, bn: nn.Module | None = None) -> Branch:
+        """The map itself (a 1 x 1 kernel of ones that is not trained), optionally through a BatchNorm."""
+        ones = torch.ones(channels, 1, 1, 1, dtype=like.dtype, device=like.device)
+        bank, _ = lay_out(ones, tile)
+        return cls(BranchGeometry((1, 1), (0, 0, 0, 0)), bank, grid_placements((1, 1), tile), None, bn)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the branch passes the map on as it is (its bank is no parameter)."""
+        return not isinstance(self.bank, nn.Parameter)
+
+    @property
+    def folds(self) -> bool:
+        """Whether the branch is linear as it stands: no BatchNorm, or one that uses its running statistics."""
+        return self.bn is None or (not self.bn.training and getattr(self.bn, "running_mean", None) is not None)
+
+    def placed(self, origin: Size, *, fold: bool) -> Placed:
+        """The branch as tensors; ``fold`` multiplies the BatchNorm's scale into the tiles, in float32 at least."""
+        bank = self.bank if self.support is None else torch.where(self.support, self.bank, 0)
+        if fold and self.bn is not None:
+            scale, _ = _batch_norm_affine(self.bn)
+            bank = (bank.to(scale.dtype) * scale[:, None, None, None]).to(bank.dtype)
+        extent = Extent(self.geometry.kernel_size, origin, self.geometry.dilation)
+        return Placed(bank, self.placements, self.index, extent)
+
+    def folded_bias(self) -> Tensor | None:
+        """What the branch adds to every position, ``(C_out,)``: its bias through its BatchNorm; None for nothing."""
+        if self.bn is None:
+            return self.bias
+        scale, offset = _batch_norm_affine(self.bn)
+        return offset if self.bias is None else offset + self.bias.to(scale.dtype) * scale
+
+    def extra_repr(self) -> str:
+        channels, tiles, n, _ = self.bank.shape
+        kh, kw = self.geometry.kernel_size
+        dilation = "" if self.geometry.dilation == (1, 1) else f", dilation={self.geometry.dilation}"
+        return f"{kh}x{kw} as {tiles} tiles {n}x{n}, {channels} channels, padding={self.geometry.padding}{dilation}"
+
+
+def _batch_norm_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
+    """Eval-mode BatchNorm as y = scale * x + offset, ``(C,)`` each, in float32 or float64."""
+    mean, var = bn.running_mean, bn.running_var
+    dtype = torch.promote_types(mean.dtype, torch.float32)  # type: ignore[union-attr, arg-type]
+    scale = torch.rsqrt(var.to(dtype) + bn.eps)  # type: ignore[union-attr, operator]
+    if bn.weight is not None:
+        scale = scale * bn.weight.to(dtype)  # type: ignore[operator]
+    offset = -mean.to(dtype) * scale  # type: ignore[union-attr, operator]
+    return scale, offset if bn.bias is None else offset + bn.bias.to(dtype)  # type: ignore[operator]
+
+
+class ShiftwiseConv2d(nn.Module):
+    """A sum of depthwise branches, each a bank of n x n tiles whose responses are shifted, added and normalised.
+
+        y = sum over branches k of BN_k( sum over placements (t, dy, dx) of (x * tile t) shifted by (dy, dx) )
+
+    Takes the place of a depthwise ``nn.Conv2d`` or of a module whose forward is a sum of such (DESIGN: paper, "Method";
+    SLaK's ``ReparamLargeKernelConv``). Its parameters are raw tensors, so that initialisers which look for
+    ``nn.Conv2d`` leave them alone. While every BatchNorm uses running statistics (eval), all branches are folded into
+    one and the tensors that run are cached until a parameter, a buffer, the mode, the dtype or the device changes.
+    A write through ``tensor.data`` cannot be seen; call :meth:`clear_cache` after one.
+
+    Args:
+        in_channels: channels of the input map; equals ``groups``.
+        out_channels: a multiple of ``in_channels``.
+        stride: of the output, ``(sh, sw)``, the same for every branch.
+        branches: at least one :class:`Branch`.
+        form: how it runs: ``"auto"``, ``"shift"`` or ``"assembled"`` (:mod:`sw_transplant.forms`). Assignable.
+        match: what the module replaced, kept for ``save`` (a :class:`sw_transplant.find.Match`).
+
+    Shape: ``(B, C_in, H, W)`` or ``(C_in, H, W)`` to the same with C_out channels, as ``nn.Conv2d``. The dtype is that of
+    the bank; the output is channels_last where the input is.
+
+    Raises:
+        ValueError: branches that do not fit together, an unknown form, an input of the wrong shape.
+    """
+
+    padding_mode = "zeros"
+    transposed = False
+    output_padding = (0, 0)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: Size,
+        branches: Sequence[Branch],
+        *,
+        form: str = "auto",
+        match: Any = None,
+    ) -> None:
+        super().__init__()
+        if in_channels < 1 or out_channels < 1 or out_channels % in_channels:
+            raise ValueError(
+                f"ShiftwiseConv2d: {in_channels} input and {out_channels} output channels, expected a multiple of the input's"
+            )
+        if not branches:
+            raise ValueError("ShiftwiseConv2d: no branches, expected at least one")
+        if len(stride) != 2 or min(stride) < 1:
+            raise ValueError(f"ShiftwiseConv2d: stride {stride}, expected two integers of at least 1")
+        for i, branch in enumerate(branches):
+            if branch.bank.shape[0] != out_channels:
+                raise ValueError(
+                    f"ShiftwiseConv2d: branch {i} has a bank of {branch.bank.shape[0]} channels, expected {out_channels}"
+                )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, in_channels
+        self.stride = tuple(stride)
+        self.branches = nn.ModuleList(branches)
+        self.form = form
+        self.match = match
+        self._cache: tuple[Any, Any, Any] | None = None
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Refuses branches whose outputs would differ in size: here, not at the first call."""
+        geometries = [branch.geometry for branch in self._branches()]
+        if len(geometries) > 1 and self.stride != (1, 1) and any(g.padding == "same" for g in geometries):
+            raise ValueError("ShiftwiseConv2d: padding 'same' with a stride goes with a single branch only")
+        if len({geometry.growth for geometry in geometries}) > 1:
+            raise ValueError(
+                f"ShiftwiseConv2d: branches {geometries} give outputs of different sizes; "
+                "expected paddings that match their kernels"
+            )
+
+    def _branches(self) -> list[Branch]:
+        return list(self.branches)  # type: ignore[arg-type]
+
+    # ---- what nn.Conv2d exposes ----
+
+    @property
+    def form(self) -> str:
+        """The execution form asked for; :func:`forms.choose_form` decides on ``"auto"``."""
+        return self._form
+
+    @form.setter
+    def form(self, value: str) -> None:
+        choose_form(value)
+        self._form = value
+
+    @property
+    def extent(self) -> Extent:
+        """The one kernel that has every tap of every branch (for padding ``"same"`` with a stride: its smallest origin)."""
+        return reduce(enclose, [self._extent(branch, (1, 1)) for branch in self._branches()])
+
+    def _extent(self, branch: Branch, size: Size) -> Extent:
+        top, _, left, _ = branch.geometry.resolve(size, self.stride)
+        return Extent(branch.geometry.kernel_size, (top, left), branch.geometry.dilation)
+
+    @property
+    def kernel_size(self) -> Size:
+        """Taps of the one kernel that equals all branches."""
+        return self.extent.kernel_size
+
+    @property
+    def dilation(self) -> Size:
+        """Dilation of the one kernel that equals all branches."""
+        return self.extent.dilation
+
+    @property
+    def padding(self) -> Size | Padding:
+        """As nn.Conv2d has it, ``(vertical, horizontal)`` or ``"same"``; ``(top, bottom, left, right)`` where sides differ."""
+        first = self._branches()[0].geometry
+        if first.padding == "same" and self.stride != (1, 1):
+            return "same"
+        whole = self.extent
+        grown = self.growth
+        (top, left), (kh, kw), (dh, dw) = whole.origin, whole.kernel_size, whole.dilation
+        bottom, right = grown[0] + dh * (kh - 1) - top, grown[1] + dw * (kw - 1) - left
+        return (top, left) if (top, left) == (bottom, right) else (top, bottom, left, right)
+
+    @property
+    def growth(self) -> Size:
+        """By how much the map grows at stride 1 (:attr:`geometry.BranchGeometry.growth`)."""
+        return self._branches()[0].geometry.growth
+
+    @property
+    def weight(self) -> Tensor:
+        """The one depthwise kernel ``(C_out, 1, kh, kw)`` that equals all branches, BatchNorm folded. Read-only."""
+        return reduce(add_kernels, self._dense()).weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias ``(C_out,)`` that goes with :attr:`weight`, BatchNorm folded; None for none. Read-only."""
+        return _total([branch.folded_bias() for branch in self._branches()], self._branches()[0].bank.dtype)
+
+    def _dense(self) -> list[DenseKernel]:
+        return [dense_kernel(b.placed(self._extent(b, (1, 1)).origin, fold=True)) for b in self._branches()]
+
+    # ---- running ----
+
+    def out_size(self, size: Size) -> Size:
+        """Size of the output map for an input map ``(H, W)``."""
+        return self._branches()[0].geometry.out_size(size, self.stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):  # to every FX tracer this module is a leaf, as nn.Conv2d is
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
+        if x.dim() == 3:
+            return self.forward(x[None])[0]
+        self._check_input(x)
+        size = (x.shape[2], x.shape[3])
+        form = choose_form(self.form)
+        linear = [branch for branch in self._branches() if branch.folds]
+        normalised = [branch for branch in self._branches() if not branch.folds]
+        plan, biases = self._plan(form, linear, normalised, size)
+        maps = FORMS[form].execute(x, plan, biases, Geometry(self.out_size(size), self.stride))
+        first = len(maps) - len(normalised)
+        y = reduce(add, maps[:first] + [branch.bn(m) for branch, m in zip(normalised, maps[first:], strict=True)])  # type: ignore[misc]
+        return y.contiguous(memory_format=_memory_format(x))
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"ShiftwiseConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) or (C, H, W)"
+            )
+        out = self.out_size((x.shape[2], x.shape[3]))
+        if min(out) < 1:
+            raise ValueError(
+                f"ShiftwiseConv2d: map {x.shape[2]}x{x.shape[3]} with padding {self.padding} is smaller than the kernel "
+                f"{self.kernel_size}; expected a map that gives at least one output"
+            )
+
+    def _plan(self, form: str, linear: list[Branch], normalised: list[Branch], size: Size) -> tuple[Any, Biases]:
+        """The tensors that run: one sum of all linear branches, then each branch whose BatchNorm takes batch statistics."""
+        origins = {branch: self._extent(branch, size).origin for branch in self._branches()}
+        key = None if normalised or torch.compiler.is_compiling() else self._cache_key(form, tuple(origins.values()))
+        if key is not None and self._cache is not None and self._cache[0] == key:
+            return self._cache[1]
+        outputs = [[branch.placed(origins[branch], fold=True) for branch in linear]] if linear else []
+        outputs += [[branch.placed(origins[branch], fold=False)] for branch in normalised]
+        biases: list[Tensor | None] = [branch.bias for branch in normalised]
+        if linear:
+            biases.insert(0, _total([branch.folded_bias() for branch in linear], linear[0].bank.dtype))
+        plan = FORMS[form].prepare(outputs), biases
+        if key is not None:
+            # The aliases keep the storages alive: an address in the key cannot come to mean another tensor.
+            self._cache = (key, plan, [tensor.detach() for tensor in self._tensors()])
+        return plan
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.parameters(), *self.buffers()]
+
+    def _cache_key(self, form: str, origins: tuple[Size, ...]) -> Any:
+        """What the cached plan depends on; None where it must not be cached (it needs gradients, or cannot be followed)."""
+        tensors = self._tensors()
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return None
+        try:
+            state = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
+        except RuntimeError:  # fake, batched and inference tensors have no address or no version
+            return None
+        return form, origins, torch.is_inference_mode_enabled(), state
+
+    def clear_cache(self) -> None:
+        """Forgets the cached plan. Needed only after a write that PyTorch does not count, such as through ``tensor.data``."""
+        self._cache = None
+
+    def train(self, mode: bool = True) -> ShiftwiseConv2d:
+        self.clear_cache()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> ShiftwiseConv2d:
+        self.clear_cache()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
+
+    # ---- back to plain convolutions ----
+
+    def kernels(self) -> tuple[list[DenseKernel], Tensor | None]:
+        """The plain convolutions that this module equals in eval: as few kernels as add no work, and one bias.
+
+        Raises:
+            NotImplementedError: a BatchNorm keeps no running statistics, so that there is nothing to fold.
+        """
+        for i, branch in enumerate(self._branches()):
+            if branch.bn is not None and getattr(branch.bn, "running_mean", None) is None:
+                raise NotImplementedError(
+                    f"ShiftwiseConv2d: the BatchNorm of branch {i} has no running statistics to fold; "
+                    "expected track_running_stats=True"
+                )
+        return join_kernels(self._dense()), self.bias
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Folds every BatchNorm and joins the branches, in place: the call that timm's ``reparameterize_model`` makes.
+
+        In eval the function stays the same; trained further, the module is a plain large-kernel convolution.
+        """
+        kernels, bias = self.kernels()
+        grad = any(parameter.requires_grad for parameter in self.parameters())
+        grown = self.growth
+        dynamic = self.padding == "same"
+        branches = []
+        for i, kernel in enumerate(kernels):
+            (kh, kw), (top, left), (dh, dw) = kernel.extent.kernel_size, kernel.extent.origin, kernel.extent.dilation
+            sides = (top, grown[0] + dh * (kh - 1) - top, left, grown[1] + dw * (kw - 1) - left)
+            geometry = BranchGeometry((kh, kw), "same" if dynamic else sides, (dh, dw))
+            tile = max(b.bank.shape[2] for b in self._branches())
+            branch_bias = bias if i == 0 else None
+            branches.append(
+                Branch.from_kernel(geometry, kernel.weight, tile, bias=branch_bias, requires_grad=(grad, grad))
+            )
+        self.branches = nn.ModuleList(branches).train(self.training)
+        self.match = None  # what it replaced can no longer be rebuilt from it
+        self.clear_cache()
+
+    def extra_repr(self) -> str:
+        stride = "" if self.stride == (1, 1) else f", stride={self.stride}"
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}{stride}, form={self.form!r}"
+
+
+def _total(biases: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
+    """Sum of the biases that exist, rounded once to the dtype of the bank."""
+    given = [bias for bias in biases if bias is not None]
+    return reduce(add, given).to(dtype) if given else None
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format

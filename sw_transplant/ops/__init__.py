@@ -1,0 +1,6 @@
+"""Operators: each public function, its reference in plain PyTorch, and its registration with torch.library."""
+
+from sw_transplant.ops.shift_add import shift_add
+from sw_transplant.ops.shift_add_reference import shift_add_backward_reference, shift_add_reference
+
+__all__ = ["shift_add", "shift_add_backward_reference", "shift_add_reference"]

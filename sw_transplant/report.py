@@ -1,0 +1,64 @@
+"""What a model is made of, before or after conversion, as tables."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .config import SWConfig
+from .find import Select, inspect_model
+from .forms import choose_form
+from .modules import Branch, ShiftwiseConv2d
+from .tables import render_table
+
+
+def summary(model: nn.Module, config: SWConfig | None = None, *, select: Select = None) -> str:
+    """A model before or after conversion as tables: what would be converted, what is, and what is left and why.
+
+    Args:
+        model: any module, converted or not.
+        config, select: as for :func:`convert`.
+
+    Returns:
+        Text. For Shiftwise layers: kernels, tiles, parameters, and the form that runs (:mod:`sw_transplant.forms`).
+    """
+    parts = []
+    if any(isinstance(module, ShiftwiseConv2d) for module in model.modules()):
+        parts.append(_shiftwise_table(model))
+    inspection = inspect_model(model, config, select=select)
+    if inspection.matches or inspection.skipped or not parts:
+        parts.append(str(inspection))
+    return "\n".join(parts)
+
+
+def _shiftwise_table(model: nn.Module) -> str:
+    """One row per Shiftwise layer: kernels, tiles, parameters, and the form that runs."""
+    rows, total = [], 0
+    for path, module in model.named_modules():
+        if not isinstance(module, ShiftwiseConv2d):
+            continue
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        total += parameters
+        tiles = [_tiles(branch) for branch in module.branches]  # type: ignore[arg-type]
+        form = module.form if module.form != "auto" else f"auto: {choose_form('auto')}"
+        rows.append(
+            [
+                path or "(the model)",
+                " + ".join("x".join(map(str, branch.geometry.kernel_size)) for branch in module.branches),  # type: ignore[union-attr]
+                "x".join(map(str, module.stride)),
+                str(module.out_channels),
+                " + ".join(tiles),
+                f"{parameters:,}",
+                form,
+            ]
+        )
+    rows.append([f"{len(rows)} layers", "", "", "", "", f"{total:,}", ""])
+    return render_table(
+        "Shiftwise layers", ["layer", "kernels", "stride", "channels", "tiles", "parameters", "form"], rows
+    )
+
+
+def _tiles(branch: Branch) -> str:
+    if branch.is_identity:
+        return "identity"
+    _, count, side, _ = branch.bank.shape
+    return f"{count} of {side}x{side}"

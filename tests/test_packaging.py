@@ -1,0 +1,110 @@
+"""What an import costs, which names are public, and that the project names no machine."""
+
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sw_transplant
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PUBLIC_NAMES = {
+    "NoLargeKernelError",
+    "SWConfig",
+    "ShiftwiseConv2d",
+    "convert",
+    "inspect_model",
+    "load",
+    "merge",
+    "save",
+    "summary",
+    "verify",
+}
+
+# What an import of the package must leave alone: optional, slow, or both.
+HEAVY_MODULES = {"matplotlib", "numba", "numba_cuda", "onnx", "sklearn", "timm", "torchvision", "transformers"}
+
+IMPORT_PROBE = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import sw_transplant
+seconds = time.perf_counter() - start
+added = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
+print(json.dumps({"seconds": seconds, "added": added, "cuda": torch.cuda.is_initialized()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imports() -> list[dict]:
+    """Several imports of the package, each in a fresh interpreter: seconds, new top-level modules, CUDA state."""
+    probe = [sys.executable, "-c", IMPORT_PROBE]
+    runs = [subprocess.run(probe, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(3)]
+    return [json.loads(run.stdout) for run in runs]
+
+
+def test_import_loads_no_heavy_module(imports: list[dict]) -> None:
+    assert "sw_transplant" in imports[0]["added"]
+    assert HEAVY_MODULES.isdisjoint(imports[0]["added"])
+
+
+def test_import_starts_no_cuda(imports: list[dict]) -> None:
+    assert not any(run["cuda"] for run in imports)
+
+
+def test_import_is_quick(imports: list[dict]) -> None:
+    """Beyond `import torch`, which alone takes seconds."""
+    assert statistics.median(run["seconds"] for run in imports) < 0.3
+
+
+def test_public_names_are_locked() -> None:
+    assert len(sw_transplant.__all__) == len(PUBLIC_NAMES)
+    assert set(sw_transplant.__all__) == PUBLIC_NAMES
+    assert [name for name in PUBLIC_NAMES if not hasattr(sw_transplant, name)] == []
+
+
+def test_version_is_that_of_the_project() -> None:
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version is not None
+    assert sw_transplant.__version__ == version[1]
+
+
+# Written in pieces, so that this file itself is clean.
+MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:work|tmp|root|home|mnt)/")
+INDEX_HOST = re.compile("|".join(["pypi[.]org", "python" + "hosted[.]org", "download[.]pytorch" + "[.]org"]))
+
+
+def project_files() -> list[Path]:
+    """Every file that is tracked, or would be if it were added; skips outside a git checkout."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout to know the files of the project")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
+
+
+def test_no_file_names_a_machine_or_an_index() -> None:
+    files = project_files()
+    assert ROOT / "pyproject.toml" in files
+    contents = {path: path.read_bytes() for path in files}
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path, content in contents.items()
+        if b"\0" not in content  # a NUL byte marks a binary file, as in git
+        for pattern in (MACHINE_PATH, INDEX_HOST)
+        for match in pattern.finditer(content.decode(errors="replace"))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("name", ["work", "tmp"])
+def test_machine_paths_are_told_from_relative_ones(name: str) -> None:
+    assert MACHINE_PATH.search(f'open("/{name}/model.onnx")')
+    assert not MACHINE_PATH.search(f"examples/{name}/model.onnx")
