@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import cast
 
 from torch import Tensor, nn
 
+from .branch import Branch
 from .config import SWConfig
 from .find import Select, inspect_model
 from .match import Inspection, Match, NoLargeKernelError, SourceBranch
-from .modules import Branch, ShiftwiseConv2d
+from .modules import ShiftwiseConv2d
 
 
 def convert(
@@ -21,7 +21,7 @@ def convert(
 
     Every large depthwise convolution becomes a :class:`ShiftwiseConv2d` that is laid out from its weights (exact, see
     :mod:`sw_transplant.equivalence`); a module whose forward is a sum of parallel ones becomes one, each convolution
-    keeping its BatchNorm. All the rest of the model stays what it is: class, forward, hooks, names and state of the other
+    keeping its BatchNorm. The rest of the model stays what it is: class, forward, hooks, names and state of the other
     layers. Layers that are Shiftwise already are left alone. Create the optimizer after the conversion.
 
     Args:
@@ -156,7 +156,7 @@ def find_site(model: nn.Module, path: str) -> nn.Module:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return cast(nn.Module, copy.deepcopy(model))
+        return copy.deepcopy(model)
     except Exception as error:
         raise ValueError(
             f"model: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "

@@ -17,8 +17,8 @@ from .modules import ShiftwiseConv2d
 from .trace import LinearBranch, NotLinearError, linear_branches
 
 Select = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
-"""Which layers to convert: glob patterns of paths (a pattern also selects everything below what it names), or a function
-of path and module; None selects all."""
+"""Which layers to convert: glob patterns of paths (a pattern also selects all below what it names), or a function of
+path and module; None selects all."""
 
 
 def inspect_model(model: nn.Module, config: SWConfig | None = None, *, select: Select = None) -> Inspection:
@@ -246,7 +246,7 @@ def _channels(convolutions: list[LinearBranch]) -> tuple[int, int]:
 def _large_depthwise_parameter(parameters: Iterator[nn.Parameter], min_kernel: int) -> Size | None:
     """Kernel size of the first parameter of shape (C > 1, 1, kh, kw) with a large kernel."""
     for parameter in parameters:
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin) or parameter.dim() != 4:
+        if isinstance(parameter, nn.UninitializedParameter) or parameter.dim() != 4:
             continue
         channels, one, kh, kw = parameter.shape
         if channels > 1 and one == 1 and max(kh, kw) >= min_kernel:

@@ -1,8 +1,8 @@
 """The execution forms of a Shiftwise module: exact ways to run the same sum of placed tiles.
 
-A form has two steps. ``prepare`` turns the branches into the tensors that the form multiplies with (a plan, which depends
-on parameters only and can be cached in eval); ``execute`` applies a plan to a feature map. To add a form, write the two
-steps, enter it in ``FORMS`` and teach :func:`choose_form` when to take it.
+A form has two steps. ``prepare`` turns the branches into the tensors that the form multiplies with (a plan, which
+depends on parameters only and can be cached in eval); ``execute`` applies a plan to a feature map. To add a form, write
+the two steps, enter it in ``FORMS`` and teach :func:`choose_form` when to take it.
 
     form        prepare                                             execute
     shift       concatenates banks of equal tile and dilation       small convolutions, then shift and add (the paper)
@@ -146,8 +146,8 @@ def dense_kernel(branch: Placed) -> DenseKernel:
 def join_kernels(kernels: Sequence[DenseKernel]) -> list[DenseKernel]:
     """Adds kernels up into one wherever the sum has no more taps than its parts.
 
-    A 5 x 5 vanishes in a 51 x 5, and dilated kernels in the square that they lie in. A 51 x 5 and a 5 x 51 stay two: their
-    sum would be a 51 x 51 with five times the work.
+    A 5 x 5 vanishes in a 51 x 5, and dilated kernels in the square that they lie in. A 51 x 5 and a 5 x 51 stay two:
+    their sum would be a 51 x 51 with five times the work.
     """
     joined: list[DenseKernel] = []
     for kernel in sorted(kernels, key=lambda k: -k.extent.taps):

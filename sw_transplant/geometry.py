@@ -7,8 +7,8 @@ from typing import Literal
 
 Size = tuple[int, int]
 Padding = tuple[int, int, int, int] | Literal["same"]
-"""Zeros around the map: ``(top, bottom, left, right)``, or ``"same"``: as many as make the output ceil(size / stride), the
-odd one after the map. For stride 1 that is nn.Conv2d's ``"same"``; for larger strides it depends on the map
+"""Zeros around the map: ``(top, bottom, left, right)``, or ``"same"``: as many as make the output ceil(size / stride),
+the odd one after the map. For stride 1 that is nn.Conv2d's ``"same"``; for larger strides it depends on the map
 (TensorFlow's convention, timm's ``Conv2dSame``)."""
 
 
@@ -31,7 +31,7 @@ class BranchGeometry:
                 raise ValueError(f"BranchGeometry.{name}: got {value}, expected two integers of at least 1")
         if self.padding != "same" and (len(self.padding) != 4 or min(self.padding) < 0):
             raise ValueError(
-                f"BranchGeometry.padding: got {self.padding}, expected 'same' or (top, bottom, left, right) of at least 0"
+                f"BranchGeometry.padding: got {self.padding}, expected 'same' or (top, bottom, left, right) >= 0"
             )
 
     @property

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .config import CONFIG_VERSION
@@ -22,7 +21,7 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Writes ``model.safetensors`` (the whole state_dict) and ``sw_config.json`` (path and geometry of every Shiftwise layer).
+    """Writes ``model.safetensors`` (the whole state_dict) and ``sw_config.json`` (path and geometry of each layer).
 
     Args:
         model: a converted model.
@@ -81,8 +80,8 @@ def load(base_model: nn.Module, folder: str | os.PathLike[str], *, inplace: bool
 def _layer(path: str, module: ShiftwiseConv2d, model: nn.Module) -> dict[str, Any]:
     if not isinstance(module.match, Match):
         raise ValueError(
-            f"{path}: this Shiftwise layer cannot be rebuilt from the original architecture (it was reparameterized or built "
-            "by hand); save a merged model's state_dict instead, see merge(model)"
+            f"{path}: this Shiftwise layer cannot be rebuilt from the original architecture (it was reparameterized or "
+            "built by hand); save a merged model's state_dict instead, see merge(model)"
         )
     places = tuple(place for place, other in model.named_modules(remove_duplicate=False) if other is module)
     match = replace(module.match, path=path, aliases=tuple(place for place in places if place != path))
@@ -127,7 +126,7 @@ def _read_description(path: Path) -> tuple[list[tuple[Match, str]], dict[str, st
         raise ValueError(f"{path}: damaged, or not written by save(model, folder) ({error})") from error
     if not isinstance(version, int) or version > CONFIG_VERSION:
         raise ValueError(
-            f"{path}: version {version!r}, this sw_transplant reads up to {CONFIG_VERSION}; upgrade sw-transplant to load it"
+            f"{path}: version {version!r}, this sw_transplant reads up to {CONFIG_VERSION}; upgrade it to load this"
         )
     try:
         layers = [dict(layer) for layer in description["layers"]]
@@ -170,11 +169,10 @@ def _check(expected: dict[str, Tensor], got: dict[str, Tensor], path: Path) -> N
     for name in sorted(expected.keys() & got.keys()):
         wanted, there = expected[name], got[name]
         if wanted.shape != there.shape or wanted.dtype != there.dtype:
-            problems.append(
-                f"{name}: {there.dtype} {tuple(there.shape)} in the file, {wanted.dtype} {tuple(wanted.shape)} in the model"
-            )
+            is_, should = f"{there.dtype} {tuple(there.shape)}", f"{wanted.dtype} {tuple(wanted.shape)}"
+            problems.append(f"{name}: {is_} in the file, {should} in the model")
     if problems:
         raise ValueError(
-            f"{path}: does not fit the model: {'; '.join(problems[:5])}; expected a base model of the same architecture, "
-            "class count and dtype as the one that was saved"
+            f"{path}: does not fit the model: {'; '.join(problems[:5])}; expected a base model of the same "
+            "architecture, class count and dtype as the one that was saved"
         )

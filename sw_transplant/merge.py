@@ -14,12 +14,12 @@ from .modules import ShiftwiseConv2d
 
 
 def merge(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Turns every Shiftwise module into plain depthwise ``nn.Conv2d``, BatchNorm folded, with the same function in eval.
+    """Turns every Shiftwise module into plain depthwise ``nn.Conv2d``, BatchNorm folded; the same function in eval.
 
     What was one convolution becomes one again, of the original kernel size and, without BatchNorm, with the original
     weights bit for bit. Parallel branches are added up wherever that costs no work; what is left beside each other (the
-    two strips of SLaK, whose sum would be a 51 x 51) becomes a :class:`ParallelConv2d`. Zero padding that differs from side to
-    side, or depends on the map, becomes an ``nn.ZeroPad2d`` before the convolution, or a :class:`SameConv2d`.
+    two strips of SLaK, whose sum would be a 51 x 51) becomes a :class:`ParallelConv2d`. Zero padding that differs from
+    side to side becomes an ``nn.ZeroPad2d`` before the convolution, one that depends on the map a :class:`SameConv2d`.
 
     Args:
         model: a converted model.
@@ -57,7 +57,7 @@ class ParallelConv2d(nn.ModuleList):
 
 
 class SameConv2d(nn.Conv2d):
-    """nn.Conv2d whose output has ceil(size / stride) rows and columns; the odd zero of the padding comes after the map."""
+    """nn.Conv2d whose output has ceil(size / stride) rows and columns; the odd zero of padding comes after the map."""
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, dilation = (self.kernel_size[0], self.kernel_size[1]), (self.dilation[0], self.dilation[1])

@@ -11,121 +11,9 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .equivalence import assembly_index, grid_placements, lay_out, support
-from .forms import FORMS, Biases, DenseKernel, Geometry, Placed, add_kernels, choose_form, dense_kernel, join_kernels
+from .branch import Branch
+from .forms import FORMS, Biases, DenseKernel, Geometry, add_kernels, choose_form, dense_kernel, join_kernels
 from .geometry import BranchGeometry, Extent, Padding, Size, enclose
-
-
-class Branch(nn.Module):
-    """A bank of tiles, their placements, and optionally a bias and a BatchNorm that follow the shift.
-
-    Args:
-        geometry: the kernel that the tiles make.
-        bank: ``(C_out, T, n, n)``: a Parameter, or a plain tensor that is not trained (the identity).
-        placements: ``(P, 3)`` or ``(C_out, P, 3)`` int32, rows ``(tile, dy, dx)``.
-        bias: ``(C_out,)`` Parameter added before the BatchNorm, or None.
-        bn: a BatchNorm over C_out channels, or None.
-    """
-
-    bank: Tensor
-    placements: Tensor
-    index: Tensor
-    support: Tensor | None
-
-    def __init__(
-        self,
-        geometry: BranchGeometry,
-        bank: Tensor,
-        placements: Tensor,
-        bias: nn.Parameter | None = None,
-        bn: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.geometry = geometry
-        if isinstance(bank, nn.Parameter):
-            self.bank = bank
-        else:
-            self.register_buffer("bank", bank)
-        table = placements if placements.dim() == 3 else placements[None]
-        self.register_buffer("placements", table.to(bank.device))
-        self.register_parameter("bias", bias)
-        self.bn = bn
-        index = assembly_index(table, bank.shape[1], bank.shape[2], geometry.kernel_size)
-        inside = support(table, bank.shape[1], bank.shape[2], geometry.kernel_size)
-        self.register_buffer("index", index.to(bank.device), persistent=False)
-        # Tiles that reach beyond the kernel are filled with zeros, and stay zero whatever an optimizer does.
-        self.register_buffer("support", None if bool(inside.all()) else inside.to(bank.device), persistent=False)
-
-    @classmethod
-    def from_kernel(
-        cls,
-        geometry: BranchGeometry,
-        kernel: Tensor,
-        tile: int,
-        *,
-        bias: Tensor | None = None,
-        bn: nn.Module | None = None,
-        requires_grad: tuple[bool, bool] = (True, True),
-    ) -> Branch:
-        """Lays out a kernel ``(C_out, 1, kh, kw)``. ``requires_grad`` is that of the kernel and of the bias."""
-        bank, _ = lay_out(kernel.detach(), tile)
-        return cls(
-            geometry,
-            nn.Parameter(bank, requires_grad=requires_grad[0]),
-            grid_placements(geometry.kernel_size, tile),
-            None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=requires_grad[1]),
-            bn,
-        )
-
-    @classmethod
-    def identity(cls, channels: int, tile: int, like: Tensor, bn: nn.Module | None = None) -> Branch:
-        """The map itself (a 1 x 1 kernel of ones that is not trained), optionally through a BatchNorm."""
-        ones = torch.ones(channels, 1, 1, 1, dtype=like.dtype, device=like.device)
-        bank, _ = lay_out(ones, tile)
-        return cls(BranchGeometry((1, 1), (0, 0, 0, 0)), bank, grid_placements((1, 1), tile), None, bn)
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the branch passes the map on as it is (its bank is no parameter)."""
-        return not isinstance(self.bank, nn.Parameter)
-
-    @property
-    def folds(self) -> bool:
-        """Whether the branch is linear as it stands: no BatchNorm, or one that uses its running statistics."""
-        return self.bn is None or (not self.bn.training and getattr(self.bn, "running_mean", None) is not None)
-
-    def placed(self, origin: Size, *, fold: bool) -> Placed:
-        """The branch as tensors; ``fold`` multiplies the BatchNorm's scale into the tiles, in float32 at least."""
-        bank = self.bank if self.support is None else torch.where(self.support, self.bank, 0)
-        if fold and self.bn is not None:
-            scale, _ = _batch_norm_affine(self.bn)
-            bank = (bank.to(scale.dtype) * scale[:, None, None, None]).to(bank.dtype)
-        extent = Extent(self.geometry.kernel_size, origin, self.geometry.dilation)
-        return Placed(bank, self.placements, self.index, extent)
-
-    def folded_bias(self) -> Tensor | None:
-        """What the branch adds to every position, ``(C_out,)``: its bias through its BatchNorm; None for nothing."""
-        if self.bn is None:
-            return self.bias
-        scale, offset = _batch_norm_affine(self.bn)
-        return offset if self.bias is None else offset + self.bias.to(scale.dtype) * scale
-
-    def extra_repr(self) -> str:
-        channels, tiles, n, _ = self.bank.shape
-        kh, kw = self.geometry.kernel_size
-        dilation = "" if self.geometry.dilation == (1, 1) else f", dilation={self.geometry.dilation}"
-        return f"{kh}x{kw} as {tiles} tiles {n}x{n}, {channels} channels, padding={self.geometry.padding}{dilation}"
-
-
-def _batch_norm_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
-    """Eval-mode BatchNorm as y = scale * x + offset, ``(C,)`` each, in float32 or float64."""
-    mean, var = bn.running_mean, bn.running_var
-    dtype = torch.promote_types(mean.dtype, torch.float32)  # type: ignore[union-attr, arg-type]
-    scale = torch.rsqrt(var.to(dtype) + bn.eps)  # type: ignore[union-attr, operator]
-    if bn.weight is not None:
-        scale = scale * bn.weight.to(dtype)  # type: ignore[operator]
-    offset = -mean.to(dtype) * scale  # type: ignore[union-attr, operator]
-    return scale, offset if bn.bias is None else offset + bn.bias.to(dtype)  # type: ignore[operator]
 
 
 class ShiftwiseConv2d(nn.Module):
@@ -133,7 +21,7 @@ class ShiftwiseConv2d(nn.Module):
 
         y = sum over branches k of BN_k( sum over placements (t, dy, dx) of (x * tile t) shifted by (dy, dx) )
 
-    Takes the place of a depthwise ``nn.Conv2d`` or of a module whose forward is a sum of such (DESIGN: paper, "Method";
+    Takes the place of a depthwise ``nn.Conv2d`` or of a module whose forward is a sum of such (the paper, "Method";
     SLaK's ``ReparamLargeKernelConv``). Its parameters are raw tensors, so that initialisers which look for
     ``nn.Conv2d`` leave them alone. While every BatchNorm uses running statistics (eval), all branches are folded into
     one and the tensors that run are cached until a parameter, a buffer, the mode, the dtype or the device changes.
@@ -147,8 +35,8 @@ class ShiftwiseConv2d(nn.Module):
         form: how it runs: ``"auto"``, ``"shift"`` or ``"assembled"`` (:mod:`sw_transplant.forms`). Assignable.
         match: what the module replaced, kept for ``save`` (a :class:`sw_transplant.find.Match`).
 
-    Shape: ``(B, C_in, H, W)`` or ``(C_in, H, W)`` to the same with C_out channels, as ``nn.Conv2d``. The dtype is that of
-    the bank; the output is channels_last where the input is.
+    Shape: ``(B, C_in, H, W)`` or ``(C_in, H, W)`` to the same with C_out channels, as ``nn.Conv2d``. The dtype is that
+    of the bank; the output is channels_last where the input is.
 
     Raises:
         ValueError: branches that do not fit together, an unknown form, an input of the wrong shape.
@@ -171,7 +59,7 @@ class ShiftwiseConv2d(nn.Module):
         super().__init__()
         if in_channels < 1 or out_channels < 1 or out_channels % in_channels:
             raise ValueError(
-                f"ShiftwiseConv2d: {in_channels} input and {out_channels} output channels, expected a multiple of the input's"
+                f"ShiftwiseConv2d: out_channels {out_channels}, expected a multiple of in_channels {in_channels}"
             )
         if not branches:
             raise ValueError("ShiftwiseConv2d: no branches, expected at least one")
@@ -180,10 +68,10 @@ class ShiftwiseConv2d(nn.Module):
         for i, branch in enumerate(branches):
             if branch.bank.shape[0] != out_channels:
                 raise ValueError(
-                    f"ShiftwiseConv2d: branch {i} has a bank of {branch.bank.shape[0]} channels, expected {out_channels}"
+                    f"ShiftwiseConv2d: bank of branch {i} has {branch.bank.shape[0]} channels, expected {out_channels}"
                 )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, in_channels
-        self.stride = tuple(stride)
+        self.stride: Size = (stride[0], stride[1])
         self.branches = nn.ModuleList(branches)
         self.form = form
         self.match = match
@@ -218,7 +106,7 @@ class ShiftwiseConv2d(nn.Module):
 
     @property
     def extent(self) -> Extent:
-        """The one kernel that has every tap of every branch (for padding ``"same"`` with a stride: its smallest origin)."""
+        """The one kernel that has every tap of every branch."""
         return reduce(enclose, [self._extent(branch, (1, 1)) for branch in self._branches()])
 
     def _extent(self, branch: Branch, size: Size) -> Extent:
@@ -237,7 +125,7 @@ class ShiftwiseConv2d(nn.Module):
 
     @property
     def padding(self) -> Size | Padding:
-        """As nn.Conv2d has it, ``(vertical, horizontal)`` or ``"same"``; ``(top, bottom, left, right)`` where sides differ."""
+        """As in nn.Conv2d, ``(vertical, horizontal)`` or ``"same"``; four sides, top to right, where they differ."""
         first = self._branches()[0].geometry
         if first.padding == "same" and self.stride != (1, 1):
             return "same"
@@ -295,12 +183,12 @@ class ShiftwiseConv2d(nn.Module):
         out = self.out_size((x.shape[2], x.shape[3]))
         if min(out) < 1:
             raise ValueError(
-                f"ShiftwiseConv2d: map {x.shape[2]}x{x.shape[3]} with padding {self.padding} is smaller than the kernel "
-                f"{self.kernel_size}; expected a map that gives at least one output"
+                f"ShiftwiseConv2d: map {x.shape[2]}x{x.shape[3]} with padding {self.padding} is smaller than the "
+                f"kernel {self.kernel_size}; expected a map that gives at least one output"
             )
 
     def _plan(self, form: str, linear: list[Branch], normalised: list[Branch], size: Size) -> tuple[Any, Biases]:
-        """The tensors that run: one sum of all linear branches, then each branch whose BatchNorm takes batch statistics."""
+        """The tensors that run: the sum of all linear branches, then each branch that batch statistics normalise."""
         origins = {branch: self._extent(branch, size).origin for branch in self._branches()}
         key = None if normalised or torch.compiler.is_compiling() else self._cache_key(form, tuple(origins.values()))
         if key is not None and self._cache is not None and self._cache[0] == key:
@@ -320,7 +208,7 @@ class ShiftwiseConv2d(nn.Module):
         return [*self.parameters(), *self.buffers()]
 
     def _cache_key(self, form: str, origins: tuple[Size, ...]) -> Any:
-        """What the cached plan depends on; None where it must not be cached (it needs gradients, or cannot be followed)."""
+        """What the cached plan depends on; None where it must not be cached: gradients flow, or changes go uncounted."""
         tensors = self._tensors()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return None
@@ -331,7 +219,7 @@ class ShiftwiseConv2d(nn.Module):
         return form, origins, torch.is_inference_mode_enabled(), state
 
     def clear_cache(self) -> None:
-        """Forgets the cached plan. Needed only after a write that PyTorch does not count, such as through ``tensor.data``."""
+        """Forgets the cached plan. Needed only after a write that PyTorch does not count (through ``tensor.data``)."""
         self._cache = None
 
     def train(self, mode: bool = True) -> ShiftwiseConv2d:
@@ -378,9 +266,8 @@ class ShiftwiseConv2d(nn.Module):
             geometry = BranchGeometry((kh, kw), "same" if dynamic else sides, (dh, dw))
             tile = max(b.bank.shape[2] for b in self._branches())
             branch_bias = bias if i == 0 else None
-            branches.append(
-                Branch.from_kernel(geometry, kernel.weight, tile, bias=branch_bias, requires_grad=(grad, grad))
-            )
+            grads = (grad, grad)
+            branches.append(Branch.from_kernel(geometry, kernel.weight, tile, bias=branch_bias, requires_grad=grads))
         self.branches = nn.ModuleList(branches).train(self.training)
         self.match = None  # what it replaced can no longer be rebuilt from it
         self.clear_cache()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 
+from .branch import Branch
 from .config import SWConfig
 from .find import Select, inspect_model
 from .forms import choose_form
-from .modules import Branch, ShiftwiseConv2d
+from .modules import ShiftwiseConv2d
 from .tables import render_table
 
 
@@ -38,15 +41,15 @@ def _shiftwise_table(model: nn.Module) -> str:
             continue
         parameters = sum(parameter.numel() for parameter in module.parameters())
         total += parameters
-        tiles = [_tiles(branch) for branch in module.branches]  # type: ignore[arg-type]
+        branches = cast("list[Branch]", list(module.branches))
         form = module.form if module.form != "auto" else f"auto: {choose_form('auto')}"
         rows.append(
             [
                 path or "(the model)",
-                " + ".join("x".join(map(str, branch.geometry.kernel_size)) for branch in module.branches),  # type: ignore[union-attr]
+                " + ".join("x".join(map(str, branch.geometry.kernel_size)) for branch in branches),
                 "x".join(map(str, module.stride)),
                 str(module.out_channels),
-                " + ".join(tiles),
+                " + ".join(_tiles(branch) for branch in branches),
                 f"{parameters:,}",
                 form,
             ]

@@ -1,7 +1,7 @@
 """Reads a module's forward with torch.fx: is it a sum of depthwise convolutions (and BatchNorms) of one input?
 
-FX is used for reading only; nothing that it makes becomes part of a model. What is traced is a copy, because a trace that
-fails can leave its Proxies behind in the module (caches, position tables).
+FX is used for reading only; nothing that it makes becomes part of a model. What is traced is a copy, because a trace
+that fails can leave its Proxies behind in the module (caches, position tables).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _add(a: Any, b: Any) -> Any:
 def _functional_conv(root: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> list[LinearBranch]:
     """F.conv2d with parameters of the module as weight and bias."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    call = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    call: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     call |= dict(zip(names, args, strict=False)) | kwargs
     weight, bias = (call[name][1] if isinstance(call[name], tuple) else None for name in ("weight", "bias"))
     if call["input"] != _INPUT or weight is None or (call["bias"] is not None and bias is None):
