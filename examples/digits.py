@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from safetensors import safe_open
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sw_transplant.models import SLaK, load_checkpoint
@@ -50,10 +51,10 @@ def digits(preprocessing: dict[str, Any] = PREPROCESSING) -> Digits:
     return Digits(images[train], labels[train], images[held_out], labels[held_out])
 
 
-def prepare(pixels: Any, size: int, mean: float, std: float) -> Tensor:
-    """Arrays (N, 8, 8) of 0 to 16 as normalised images (N, 1, size, size)."""
+def prepare(pixels: Any, size: int | tuple[int, int], mean: float, std: float) -> Tensor:
+    """Arrays (N, 8, 8) of 0 to 16 as normalised images (N, 1, H, W); `size` is (H, W), or one number for both."""
     x = torch.as_tensor(pixels, dtype=torch.float32)[:, None] / 16
-    x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+    x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
     return (x - mean) / std
 
 
@@ -72,3 +73,13 @@ def load_trained(path: Path = WEIGHTS) -> Trained:
     model = SLaK(**facts["config"])
     load_checkpoint(model, path)
     return Trained(model.eval(), facts["preprocessing"], facts["held_out"]["right"])
+
+
+@torch.no_grad()
+def without_strips(model: SLaK) -> SLaK:
+    """A copy whose strips, 51x5 and so on, are zero; the 5x5 kernels beside them stay. Does the network need strips?"""
+    crippled = copy.deepcopy(model)
+    for layer in crippled.modules():
+        if isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 5:
+            layer.weight.zero_()
+    return crippled

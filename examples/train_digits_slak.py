@@ -1,21 +1,20 @@
-"""Trains the small SLaK that the demo converts, on the digits of scikit-learn. Minutes on two CPU cores.
+"""Trains the small SLaK that the demo converts, on the digits of scikit-learn. Two minutes on one CPU core.
 
     python examples/train_digits_slak.py
 
-Afterwards it sets the long strips to zero: predictions that then change show that the network does use them.
+Afterwards it sets the long strips to zero: answers that then change show that the network does use them.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import time
 from pathlib import Path
 
 import torch
-from digits import CONFIG, PREPROCESSING, WEIGHTS, Digits, digits
+from digits import CONFIG, PREPROCESSING, WEIGHTS, Digits, digits, without_strips
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,26 +26,27 @@ BATCH, LEARNING_RATE, WEIGHT_DECAY, SMOOTHING = 64, 2e-3, 0.05, 0.1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the small SLaK that the demo converts.")
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="a .safetensors file")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # small layers gain little from more, and sums then come out the same on every machine
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True)
     data = digits()
     model = SLaK(**CONFIG, drop_path_rate=0.1)
     train(model, data, args.epochs)
 
-    predicted = predict(model, data.images)
-    right = int((predicted == data.labels).sum())
-    changed = int((predict(without_strips(model), data.images) != predicted).sum())
-    print(f"held-out digits: {right} of {len(data.labels)} right ({right / len(data.labels):.2%})")
-    print(f"with the strips set to zero, {changed} of {len(data.labels)} predictions change")
+    predicted, crippled = predict(model, data.images), predict(without_strips(model), data.images)
+    total, right = len(data.labels), int((predicted == data.labels).sum())
+    still_right, changed = int((crippled == data.labels).sum()), int((crippled != predicted).sum())
+    print(f"held-out digits: {right} of {total} right ({right / total:.2%})")
+    print(f"with the strips set to zero: {still_right} of {total} right, {changed} answers changed")
     facts = {
         "config": CONFIG,
         "preprocessing": PREPROCESSING,
-        "held_out": {"right": right, "of": len(data.labels), "changed_without_strips": changed},
+        "held_out": {"right": right, "of": total, "right_without_strips": still_right},
     }
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in facts.items()}}
     save_file(model.state_dict(), args.output, metadata=metadata)
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def train(model: SLaK, data: Digits, epochs: int) -> None:
-    """AdamW, one cycle of a cosine after a linear warm-up, every digit moved and turned a little each time."""
+    """AdamW; the learning rate rises and falls once; every digit is moved and turned a little, each time anew."""
     steps = math.ceil(len(data.train_labels) / BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, epochs=epochs, steps_per_epoch=steps)
@@ -71,7 +71,9 @@ def train(model: SLaK, data: Digits, epochs: int) -> None:
             losses.append(loss.item())
         right = (predict(model, data.images) == data.labels).float().mean().item()
         seconds = time.perf_counter() - start
-        print(f"epoch {epoch + 1:2d} of {epochs}: loss {sum(losses) / steps:.4f}, held out {right:.2%}, {seconds:.1f} s")
+        print(
+            f"epoch {epoch + 1:2d} of {epochs}: loss {sum(losses) / steps:.4f}, held out {right:.2%}, {seconds:.1f} s"
+        )
 
 
 def jitter(images: Tensor) -> Tensor:
@@ -89,16 +91,6 @@ def jitter(images: Tensor) -> Tensor:
 def predict(model: nn.Module, images: Tensor) -> Tensor:
     model.eval()
     return torch.cat([model(batch).argmax(1) for batch in images.split(BATCH)])
-
-
-@torch.no_grad()
-def without_strips(model: SLaK) -> SLaK:
-    """A copy whose strips, 51 x 5 and so on, are zero; the 5 x 5 kernels beside them stay."""
-    crippled = copy.deepcopy(model)
-    for name, weight in crippled.named_parameters():
-        if name.endswith(("LoRA1.conv.weight", "LoRA2.conv.weight")):
-            weight.zero_()
-    return crippled
 
 
 if __name__ == "__main__":

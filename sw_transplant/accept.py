@@ -64,10 +64,10 @@ def reason_against(module: nn.Module) -> str | None:
 
     A large kernel is not asked for here: small parallel branches go through the same rules.
     """
-    if reason := interference(module):
-        return reason
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
         return "it is lazy and has no weights yet; run the model once before converting"
+    if reason := interference(module):
+        return reason
     if isinstance(module, _ConvTransposeNd):
         return "it is a transposed convolution"
     if len(kernel_of(module)) != 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,11 +48,21 @@ class Branch(nn.Module):
         self.register_buffer("placements", table.to(bank.device))
         self.register_parameter("bias", bias)
         self.bn = bn
-        index = assembly_index(table, bank.shape[1], bank.shape[2], geometry.kernel_size)
-        inside = support(table, bank.shape[1], bank.shape[2], geometry.kernel_size)
-        self.register_buffer("index", index.to(bank.device), persistent=False)
+        self._follow(table)
+
+    def _follow(self, placements: Tensor) -> None:
+        """Derives from the placements which taps add up where, and which lie inside the kernel."""
+        _, tiles, tile, _ = self.bank.shape
+        index = assembly_index(placements, tiles, tile, self.geometry.kernel_size)
+        inside = support(placements, tiles, tile, self.geometry.kernel_size)
+        self.register_buffer("index", index.to(self.bank.device), persistent=False)
         # Tiles that reach beyond the kernel are filled with zeros, and stay zero whatever an optimizer does.
-        self.register_buffer("support", None if bool(inside.all()) else inside.to(bank.device), persistent=False)
+        self.register_buffer("support", None if bool(inside.all()) else inside.to(self.bank.device), persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.placements.is_meta:
+            self._follow(self.placements)
 
     @classmethod
     def from_kernel(

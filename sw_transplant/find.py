@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .accept import conv_geometry, interference, is_depthwise, kernel_of, looks_like_conv, reason_against
 from .config import SWConfig
@@ -76,7 +77,7 @@ class _Search:
                 self._consider_script(module)
             elif looks_like_conv(module):
                 self._consider_conv(module)
-            else:
+            elif not isinstance(module, ParametrizationList):  # reported with the layer that it belongs to
                 self._consider_functional(module)
         matches = tuple(self._match(site, branches) for site, branches in self.sites.items())
         skipped = tuple(entry for module, entry in self.left if module not in self.claimed)
@@ -134,13 +135,13 @@ class _Search:
     # ---- from a candidate to the module that is replaced ----
 
     def _claim(self, module: nn.Module, branches: list[LinearBranch]) -> None:
-        """Takes the highest module around the candidate whose forward is a sum of parallel branches, else itself."""
+        """Takes the module around the candidate whose forward is the largest sum of parallel branches, else itself."""
         site = module
         for caller in self._callers(module):
             above = self._sum(caller)
             if isinstance(above, NotLinearError) or self._reason_against_sum(caller, above):
                 break
-            if len(above) > 1:
+            if len(above) > len(branches):
                 site, branches = caller, above
         self.sites[site] = branches
         self.claimed.update(site.modules())

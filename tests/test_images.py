@@ -151,7 +151,7 @@ def test_processor_errors(tmp_path):
     with pytest.raises(ValueError, match=r"there is no .*preprocessor_config\.json"):
         ModelInput.of(nn.Conv2d(3, 4, 1), tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 30}}))
-    with pytest.raises(ValueError, match="image size .*longest_edge.* is not understood"):
+    with pytest.raises(ValueError, match=r"image size .*longest_edge.* is not understood"):
         ModelInput.of(nn.Conv2d(3, 4, 1), tmp_path)
 
 
@@ -195,6 +195,18 @@ def test_timm_models_get_timms_preprocessing():
     image = Image.fromarray(pixels(1, 300, 200)[0])
     expected = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(image)
     torch.testing.assert_close(ModelInput.of(model).transform()(image), expected, rtol=0, atol=0)
+
+
+def test_grey_timm_models_get_grey_images():
+    timm = pytest.importorskip("timm")
+    image = Image.new("L", (200, 200), 51)
+    model = timm.create_model("test_convnext", in_chans=1)
+    model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.2, 0.5, 0.8)}
+    x = ModelInput.of(model).transform()(image)
+    torch.testing.assert_close(x, torch.full((1, 160, 160), (0.2 - 0.2) / 0.5), atol=1e-6, rtol=0)
+    model.pretrained_cfg |= {"mean": (0.3, 0.4, 0.5)}
+    x = ModelInput.of(model).transform()(image)
+    torch.testing.assert_close(x, torch.full((1, 160, 160), (0.2 - 0.4) / 0.5))
 
 
 def test_hugging_face_preprocessing_of_a_folder(tmp_path):
@@ -269,7 +281,7 @@ def test_folder_for_five_channels(folder):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(ValueError, match="there is no file or folder .*nowhere"):
+    with pytest.raises(ValueError, match=r"there is no file or folder .*nowhere"):
         load_images(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no images in the class folders of .* \(0 of them\)"):
         load_images(tmp_path)

@@ -97,7 +97,7 @@ def test_error_is_relative_to_the_original():
 
 
 def test_errors_below_float32_are_still_measured():
-    a, b = Returns(lambda x: x.double()).double(), Returns(lambda x: x.double() * (1 + 1e-13)).double()
+    a, b = Returns(lambda x: x / 3).double(), Returns(lambda x: x / 3 * (1 + 1e-13)).double()
     report = verify(a, b, images(2))
     assert report.dtype == "float64"
     assert report.bound == BOUNDS[torch.float64]
@@ -196,6 +196,18 @@ def test_swapped_near_ties_within_the_bound_are_shown_but_no_failure():
     report = verify(logits_of([[1.0, 1.000001]]), logits_of([[1.000001, 1.0]]), numbered(1))
     assert report.same_top1 == Count(0, 1)
     assert report.ok
+
+
+def test_classes_are_read_from_logits_before_other_outputs():
+    def outputs(x):
+        return {"features": -x.mean((2, 3)), "logits": x.mean((2, 3))}
+
+    model = Returns(outputs)
+    x = images(6)
+    labels = x.mean((2, 3)).argmax(1)
+    assert verify(model, model, (x, labels)).top1_original == Count(6, 6)
+    two = Returns(lambda x: tuple(outputs(x).values()))
+    assert verify(two, two, x).same_top1 is None
 
 
 def test_labelled_and_unlabelled_batches_may_mix(net):
@@ -484,6 +496,20 @@ def test_both_models_see_the_same_random_numbers():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_seed_decides_what_is_random_inside_the_models():
+    drawn = []
+
+    def noisy(x):
+        drawn.append(torch.rand(1).item())
+        return x
+
+    for seed in (0, 0, 1):
+        torch.rand(1)  # the state outside plays no part
+        verify(Returns(noisy), Returns(noisy), images(1), seed=seed)
+    assert drawn[0] == drawn[2]
+    assert drawn[0] != drawn[4]
+
+
 def test_a_model_that_works_in_place_changes_nobodys_images():
     x = images(2)
     expected = x.clone()
@@ -641,22 +667,14 @@ def test_cifar10_logits_against_those_stored_beside_the_images(shared):
     import numpy as np
 
     file = shared / "data" / "cifar10_test_1000.npz"
-    stored = np.load(file)
-    chosen, rows = iter(range(0, 1000, 100)), torch.from_numpy(stored["logits"])
+    logits = torch.from_numpy(np.load(file)["logits"])
 
-    def replay(x):
-        start = next(chosen)
-        return rows[start : start + len(x)]
+    def replay(sign: int) -> nn.Module:
+        batches = iter((sign * logits).split(100))
+        return Returns(lambda x: next(batches))
 
     data = load_images(file, ModelInput(shape=(3, 96, 96)), batch_size=100)
-    worse = copy.deepcopy(rows).neg()
-    position = iter(range(0, 1000, 100))
-
-    def negative(x):
-        start = next(position)
-        return worse[start : start + len(x)]
-
-    report = verify(Returns(replay), Returns(negative), data)
+    report = verify(replay(1), replay(-1), data)
     assert report.images == 1000
     assert report.top1_original == Count(834, 1000)
     assert report.same_top1 == Count(0, 1000)

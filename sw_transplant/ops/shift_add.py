@@ -2,9 +2,9 @@
 
     out[k, b, c, h, w] = sum over p of z[b, c, tile, stride * (h, w) + (y, x)]      (tile, y, x) = placements[k, c, p]
 
-Operators `torch.ops.sw_transplant.shift_add` and `shift_add_backward`: on CUDA a Numba kernel, elsewhere plain PyTorch.
-All of them add in the same order and round once, so they agree bit for bit. The map is linear in z: each operator is
-the other's gradient.
+Operators `torch.ops.sw_transplant.shift_add` and `shift_add_backward`: Numba kernels on CUDA and on the CPU, plain
+PyTorch elsewhere. All add in the same order and round once, so they agree bit for bit. The map is linear in z: each
+operator is the other's gradient.
 """
 
 from collections.abc import Sequence
@@ -82,13 +82,11 @@ def _check(z: Tensor, placements: Tensor, out_size: Sequence[int], stride: Seque
     schema="(Tensor z, Tensor placements, SymInt[2] out_size, int[2] stride) -> Tensor",
 )
 def _shift_add(z: Tensor, placements: Tensor, out_size: Sequence[int], stride: Sequence[int]) -> Tensor:
-    if z.is_cuda and launch.is_available(z.device.index):
-        from sw_transplant.cuda import shift_add as kernels
-
-        if kernels.supports(placements, z.shape[2], z.shape[3:], out_size, stride):
-            out = z.new_empty((placements.shape[0], *z.shape[:2], *out_size))
-            kernels.shift_add_forward(z.contiguous(), placements.contiguous(), out, stride)
-            return out
+    kernels = _kernels(z.device)
+    if kernels is not None and kernels.supports(placements, z.shape[2], z.shape[3:], out_size, stride):
+        out = z.new_empty((placements.shape[0], *z.shape[:2], *out_size))
+        kernels.shift_add_forward(z.contiguous(), placements.contiguous(), out, stride)
+        return out
     return shift_add_reference(z, placements, out_size, stride)
 
 
@@ -100,14 +98,25 @@ def _shift_add(z: Tensor, placements: Tensor, out_size: Sequence[int], stride: S
 def _shift_add_backward(
     grad: Tensor, placements: Tensor, tiles: int, z_size: Sequence[int], stride: Sequence[int]
 ) -> Tensor:
-    if grad.is_cuda and launch.is_available(grad.device.index):
-        from sw_transplant.cuda import shift_add as kernels
-
-        if kernels.supports(placements, tiles, z_size, grad.shape[3:], stride):
-            grad_z = grad.new_empty((*grad.shape[1:3], tiles, *z_size))
-            kernels.shift_add_backward(grad.contiguous(), placements.contiguous(), grad_z, stride)
-            return grad_z
+    kernels = _kernels(grad.device)
+    if kernels is not None and kernels.supports(placements, tiles, z_size, grad.shape[3:], stride):
+        grad_z = grad.new_empty((*grad.shape[1:3], tiles, *z_size))
+        kernels.shift_add_backward(grad.contiguous(), placements.contiguous(), grad_z, stride)
+        return grad_z
     return shift_add_backward_reference(grad, placements, tiles, z_size, stride)
+
+
+def _kernels(device: torch.device) -> Any:
+    """The module of kernels for this device, or None where the reference has to do; imported when first needed."""
+    if device.type == "cuda" and launch.is_available(device.index):
+        from sw_transplant.cuda import shift_add
+
+        return shift_add
+    if device.type == "cpu":
+        from sw_transplant.ops import shift_add_cpu
+
+        return shift_add_cpu
+    return None
 
 
 @_shift_add.register_fake

@@ -1,0 +1,208 @@
+"""What the commands of the command line do: from parsed arguments to what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .config import SWConfig
+from .convert import convert
+from .find import inspect_model
+from .images import ModelInput, load_images
+from .io import CONFIG_NAME, WEIGHTS_NAME, load, save
+from .load_model import InputError, LoadedModel, load_model, one_line
+from .match import NoLargeKernelError
+from .modules import ShiftwiseConv2d
+from .report import summary
+from .verify import verify
+
+EXTRAS = {"PIL": "hf", "timm": "timm", "torchvision": "timm", "transformers": "hf"}
+"""Which extra of sw-transplant brings a package."""
+
+
+class Result(NamedTuple):
+    """What a command found: as text, as values for JSON, and the exit code: 1 where models differ too much, else 0."""
+
+    text: str
+    values: dict[str, Any]
+    code: int = 0
+
+
+def run_inspect(arguments: argparse.Namespace) -> Result:
+    """The dry run. Raises InputError, as all commands."""
+    model = _load(arguments).model
+    with _input_errors():
+        inspection = inspect_model(model, _config(arguments), select=arguments.select)
+    return Result(str(inspection), {"model": arguments.model, **inspection.to_dict()})
+
+
+def run_convert(arguments: argparse.Namespace) -> Result:
+    """Converts, saves, and lists the layers."""
+    if arguments.output is not None:
+        _check_output(arguments.output)
+    loaded = _load(arguments)
+    if arguments.output is None:
+        _note("without --output nothing is saved")
+    elif loaded.random is not None:
+        _note(loaded.random)
+    converted = _converted(loaded.model, arguments, inplace=True)
+    if arguments.output is not None:
+        with _input_errors():
+            save(converted, arguments.output)
+    # Whatever could still be converted has been left out by --select, and is to be reported so.
+    config, nothing = _config(arguments), lambda path, module: False
+    text = summary(converted, config, select=nothing)
+    if arguments.output is not None:
+        text += f"\nSaved in {arguments.output}: {WEIGHTS_NAME} and {CONFIG_NAME}."
+    left = inspect_model(converted, config, select=nothing)
+    values = {
+        "model": arguments.model,
+        "output": None if arguments.output is None else str(arguments.output),
+        "config": config.to_dict(),
+        "layers": [_layer(path, m) for path, m in converted.named_modules() if isinstance(m, ShiftwiseConv2d)],
+        "skipped": left.to_dict()["skipped"],
+    }
+    return Result(text, values)
+
+
+def run_verify(arguments: argparse.Namespace) -> Result:
+    """Compares a model with its conversion, made now or saved before."""
+    _check_verify(arguments)
+    loaded = _load(arguments)
+    original = loaded.model
+    if loaded.random is not None:
+        _note(f"{loaded.random}; many networks start with blocks that hardly count, and hide errors in them")
+    if arguments.converted is None:
+        converted = _converted(original, arguments, inplace=False)
+    else:
+        with _input_errors():
+            converted = load(original, arguments.converted)
+    with _input_errors():
+        report = verify(
+            original,
+            converted,
+            _images(arguments, loaded),
+            bounds=arguments.bound,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+            input_size=arguments.input_size if arguments.data is None else None,
+            seed=arguments.seed,
+        )
+    values = {
+        "model": arguments.model,
+        "converted": None if arguments.converted is None else str(arguments.converted),
+        "data": None if arguments.data is None else str(arguments.data),
+        **report.to_dict(),
+    }
+    return Result(str(report), values, 0 if report.ok else 1)
+
+
+def _load(arguments: argparse.Namespace) -> LoadedModel:
+    return load_model(
+        arguments.model, checkpoint=arguments.checkpoint, num_classes=arguments.num_classes, seed=arguments.seed
+    )
+
+
+def _config(arguments: argparse.Namespace) -> SWConfig:
+    given = {name: getattr(arguments, name, None) for name in ("min_kernel", "tile", "form")}
+    return SWConfig(**{name: value for name, value in given.items() if value is not None})
+
+
+def _converted(model: torch.nn.Module, arguments: argparse.Namespace, *, inplace: bool) -> torch.nn.Module:
+    try:
+        with _input_errors():
+            return convert(model, _config(arguments), select=arguments.select, inplace=inplace)
+    except InputError as error:
+        if not isinstance(error.__cause__, NoLargeKernelError):
+            raise
+        found = re.split("[:;]", str(error))[0]  # what follows is the table of what was left, or advice for Python
+        raise InputError(
+            f"{arguments.model}: {found}; lower --min-kernel, or see: sw-transplant inspect {arguments.model}"
+        ) from error
+
+
+def _images(arguments: argparse.Namespace, loaded: LoadedModel) -> Any:
+    """The images of ``--data``, made ready for the model; None for noise."""
+    if arguments.data is None:
+        return None
+    model_input = ModelInput.of(loaded.model, loaded.processor)
+    if arguments.input_size is not None:
+        shape = (model_input.shape[0], *arguments.input_size)
+        model_input = replace(model_input, shape=shape, processor=None)  # a processor would make its own size
+    return load_images(arguments.data, model_input, batch_size=arguments.batch_size, limit=arguments.max_images)
+
+
+def _layer(path: str, module: ShiftwiseConv2d) -> dict[str, Any]:
+    return {
+        "path": path,
+        "form": module.form,
+        "stride": list(module.stride),
+        "channels": [module.in_channels, module.out_channels],
+        "kernels": [list(branch.geometry.kernel_size) for branch in module.branches],  # type: ignore[arg-type, union-attr]
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+    }
+
+
+def _note(text: str) -> None:
+    print(f"sw-transplant: note: {text}", file=sys.stderr)
+
+
+# ---- checks that need no model ----
+
+
+def _check_output(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder}: it is a file, expected a folder")
+    if (folder / WEIGHTS_NAME).exists() and not (folder / CONFIG_NAME).exists():
+        raise InputError(
+            f"--output {folder}: its {WEIGHTS_NAME} is not a converted model's and would be lost; name another folder"
+        )
+
+
+def _check_verify(arguments: argparse.Namespace) -> None:
+    if arguments.converted is not None:
+        for option in ("min_kernel", "tile", "form", "select"):
+            if getattr(arguments, option) is not None:
+                name = option.replace("_", "-")
+                raise InputError(f"--{name} does not go with --converted, which is converted already; leave one out")
+    if arguments.max_images is not None and arguments.data is None:
+        raise InputError("--max-images needs --data: without it, two batches of noise are compared")
+    if arguments.data is not None and not arguments.data.exists():
+        raise InputError(f"--data {arguments.data}: no such file or folder")
+    if arguments.device is not None:
+        _check_device(arguments.device)
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: expected cpu, cuda, or cuda:1 and so on") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise InputError(f"--device {name}: PyTorch sees {count} CUDA devices here; cpu is always there")
+    elif device != torch.device("cpu"):
+        raise InputError(f"--device {name}: expected cpu, cuda, or cuda:1 and so on")
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    """What the library refuses becomes the one line that the user sees."""
+    try:
+        yield
+    except ImportError as error:
+        extra = EXTRAS.get(str(error.name).partition(".")[0])
+        hint = f'; pip install "sw-transplant[{extra}]"' if extra else ""
+        raise InputError(f"{one_line(error)}{hint}") from error
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise InputError(one_line(error)) from error
