@@ -23,9 +23,10 @@ import transformers
 from digits import prepare
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import sw_transplant as sw
-from sw_transplant.images import ModelInput
+from sw_transplant.model_input import ModelInput
 from sw_transplant.tables import render_table
 
 BATCH = 16
@@ -76,7 +77,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def small_model() -> nn.Module:
+def small_model() -> PreTrainedModel:
     torch.manual_seed(0)
     config = transformers.ConvNextConfig(
         num_channels=1,
@@ -89,7 +90,7 @@ def small_model() -> nn.Module:
     return transformers.ConvNextForImageClassification(config).eval()
 
 
-def local_model(folder: Path) -> nn.Module:
+def local_model(folder: Path) -> PreTrainedModel:
     """The model that ``save_pretrained`` wrote, by the class that its config names.
 
     Raises:
@@ -102,21 +103,21 @@ def local_model(folder: Path) -> nn.Module:
         name = (config.architectures or ["a model without a head"])[0]
         if not name.endswith(TASKS):
             raise ValueError(f"{folder}: holds {name}; this example can train models {' and '.join(TASKS)}")
-        model: nn.Module = getattr(transformers, name).from_pretrained(folder, local_files_only=True)
+        model: PreTrainedModel = getattr(transformers, name).from_pretrained(folder, local_files_only=True)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be read; was it written by save_pretrained? ({error})") from error
     return model.float().eval()
 
 
-def backbone(model: nn.Module) -> nn.Module:
+def backbone(model: PreTrainedModel) -> nn.Module:
     """All but the head: Hugging Face has it under ``base_model``, and under ``backbone`` in models built around one."""
-    found = getattr(model, "backbone", model.base_model)
+    found: nn.Module = getattr(model, "backbone", model.base_model)
     if found is model:
         raise ValueError(f"--freeze-backbone: {type(model).__name__} has no backbone that could be told from its head")
     return found
 
 
-def digit_batches(model: nn.Module, count: int) -> list[tuple[Tensor, Tensor]]:
+def digit_batches(model: PreTrainedModel, count: int) -> list[tuple[Tensor, Tensor]]:
     """Batches of digits in the size that the model takes, labelled for its task."""
     data = load_digits()
     channels, *size = ModelInput.of(model).shape

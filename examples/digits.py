@@ -59,11 +59,10 @@ def prepare(pixels: Any, size: int | tuple[int, int], mean: float, std: float) -
 
 
 class Trained(NamedTuple):
-    """A SLaK with trained weights, what it was trained on, and how many held-out digits it got right then."""
+    """A SLaK with trained weights, and how its images are prepared."""
 
     model: SLaK
     preprocessing: dict[str, Any]
-    right: int
 
 
 def load_trained(path: Path = WEIGHTS) -> Trained:
@@ -72,7 +71,7 @@ def load_trained(path: Path = WEIGHTS) -> Trained:
         facts = {key: json.loads(value) for key, value in file.metadata().items() if key != "format"}
     model = SLaK(**facts["config"])
     load_checkpoint(model, path)
-    return Trained(model.eval(), facts["preprocessing"], facts["held_out"]["right"])
+    return Trained(model.eval(), facts["preprocessing"])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Trains the small SLaK that the demo converts, on the digits of scikit-learn. Two minutes on one CPU core.
+"""Trains the small SLaK that the demo converts, on the digits of scikit-learn. A minute on one CPU core.
 
     python examples/train_digits_slak.py
 

@@ -27,7 +27,8 @@ from torch import nn
 
 import sw_transplant as sw
 import sw_transplant.models
-from sw_transplant.images import ModelInput, load_images
+from sw_transplant.images import load_images
+from sw_transplant.model_input import ModelInput
 from sw_transplant.verify import VerifyReport
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -55,9 +56,7 @@ def main() -> int:
     except (ValueError, NotImplementedError) as error:
         print(f"verify_slak: {error}", file=sys.stderr)
         return 2
-    print(report)
-    if report.top1_original is not None:
-        print(f"\n{differences(report)}")
+    print(f"{report}\n\n{differences(report)}")
     return 0 if report.ok else 1
 
 
@@ -113,16 +112,18 @@ def build(name: str, settings: dict[str, Any]) -> nn.Module:
 
 def differences(report: VerifyReport) -> str:
     """Accuracy and speed after, less those before; and the images whose class changed."""
-    top1, top5 = (
-        f"{after.count - before.count:+d} images ({100 * (after.share - before.share):+.2f} percentage points)"
-        for before, after in (
-            (report.top1_original, report.top1_converted),
-            (report.top5_original, report.top5_converted),
-        )
-    )
-    changed = report.images - report.same_top1.count
-    speed = report.images_per_second_converted / report.images_per_second_original
-    return f"difference: top-1 {top1}, top-5 {top5}, another class for {changed} images; {speed:.2f} times the speed"
+    parts = []
+    for title, before, after in (
+        ("top-1", report.top1_original, report.top1_converted),
+        ("top-5", report.top5_original, report.top5_converted),
+    ):
+        if before is not None and after is not None:
+            points = 100 * (after.share - before.share)
+            parts.append(f"{title} {after.count - before.count:+d} images ({points:+.2f} percentage points)")
+    if report.same_top1 is not None:
+        parts.append(f"another class for {report.images - report.same_top1.count} images")
+    parts.append(f"{report.images_per_second_converted / report.images_per_second_original:.2f} times the speed")
+    return f"difference: {', '.join(parts)}"
 
 
 if __name__ == "__main__":

@@ -227,5 +227,5 @@ def _bound(text: str) -> float:
 
 def _size(text: str) -> tuple[int, int]:
     """``S`` or ``HxW``."""
-    height, _, width = text.partition("x")
-    return _count(height), _count(width or height)
+    height, by, width = text.partition("x")
+    return _count(height), _count(width if by else height)

@@ -16,10 +16,11 @@ import torch
 from .config import SWConfig
 from .convert import convert
 from .find import inspect_model
-from .images import ModelInput, load_images
+from .images import load_images
 from .io import CONFIG_NAME, WEIGHTS_NAME, load, save
 from .load_model import InputError, LoadedModel, load_model, one_line
 from .match import NoLargeKernelError
+from .model_input import ModelInput
 from .modules import ShiftwiseConv2d
 from .report import summary
 from .verify import verify

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
 from operator import length_hint
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .images import ModelInput
+from .comparison import Comparison, Count, OutputError, VerificationError, VerifyReport, describe
+from .model_input import ModelInput
 
 __all__ = ["BOUNDS", "TF32_BOUND", "Count", "OutputError", "VerificationError", "VerifyReport", "bound_for", "verify"]
 
@@ -29,10 +27,6 @@ BOUNDS: dict[torch.dtype, float] = {
     torch.bfloat16: 1e-2,
 }
 TF32_BOUND = 2e-3  # float32 in memory, multiplied with the 10 bits of mantissa that float16 has
-
-
-class VerificationError(RuntimeError):
-    """The two models do not compute the same function within the bound."""
 
 
 def bound_for(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
@@ -55,128 +49,6 @@ def bound_for(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
         precisions = (backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision)  # type: ignore[attr-defined]
         return TF32_BOUND if "tf32" in precisions else BOUNDS[dtype]
     return BOUNDS[dtype]
-
-
-@dataclass(frozen=True)
-class Count:
-    """So many images of so many."""
-
-    count: int
-    of: int
-
-    @property
-    def share(self) -> float:
-        return self.count / self.of
-
-    def __str__(self) -> str:
-        return f"{self.count} of {self.of} ({self.share:.2%})"
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """How far one output of the converted model is from the original's, over all images.
-
-    ``relative_rms`` is ``||converted - original|| / ||original||``, NaN where an output is not finite.
-    ``not_finite`` counts the NaN and infinite numbers in the output of both models.
-    """
-
-    name: str
-    relative_rms: float
-    max_abs: float
-    not_finite: int
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """The result of :func:`verify`. ``print(report)`` shows it as tables.
-
-    ``ok`` looks at the numbers alone: all finite, every relative RMS error within ``bound``. In a low precision two
-    classes that nearly tie may swap within the bound: ``same_top1`` shows that, and it is no failure.
-    ``same_top1`` (images that get the same class from both models) is None where there are no logits, ``top1_*`` and
-    ``top5_*`` (images whose label is the most likely class, or among the five most likely) are None without labels.
-    ``not_compared`` names the outputs that hold no floating-point numbers.
-    """
-
-    outputs: tuple[OutputError, ...]
-    bound: float
-    dtype: str
-    device: str
-    images: int
-    same_top1: Count | None
-    top1_original: Count | None
-    top1_converted: Count | None
-    top5_original: Count | None
-    top5_converted: Count | None
-    images_per_second_original: float
-    images_per_second_converted: float
-    not_compared: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether every number of every output is finite and every relative RMS error is within the bound."""
-        return not self.failures
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """One sentence for each output that fails; empty where the models agree."""
-        found = []
-        for out in self.outputs:
-            if out.not_finite:
-                found.append(f"{out.name}: {out.not_finite} numbers are NaN or infinite; expected none.")
-            elif not out.relative_rms <= self.bound:
-                found.append(f"{out.name}: relative RMS error {out.relative_rms:.2e}; the bound is {self.bound:g}.")
-        return tuple(found)
-
-    def raise_if_failed(self) -> None:
-        """Raise :class:`VerificationError`, which names every output that fails, unless ``ok``."""
-        if not self.ok:
-            raise VerificationError(
-                f"verify: the two models are not the same function ({self.dtype} on {self.device}). "
-                f"{' '.join(self.failures)} Where the conversion is approximate on purpose, pass the error you accept "
-                f"as bounds=..."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Dicts, lists, strings and numbers, ready for JSON; NaN and infinity, which JSON lacks, become None."""
-        plain: dict[str, Any] = _plain(self)
-        return {"ok": self.ok, "failures": list(self.failures), **plain}
-
-    def __str__(self) -> str:
-        from rich.box import MARKDOWN
-        from rich.console import Console
-        from rich.table import Table
-
-        def table(*titles: str) -> Table:
-            made = Table(box=MARKDOWN)
-            for title in titles:
-                made.add_column(title, overflow="fold", justify="left" if title == titles[0] else "right")
-            return made
-
-        errors = table("output", "relative RMS error", "largest absolute error", "NaN or infinite")
-        for out in self.outputs:
-            errors.add_row(out.name, f"{out.relative_rms:.2e}", f"{out.max_abs:.2e}", str(out.not_finite))
-        models = table("", "original", "converted")
-        if self.top1_original is not None:
-            models.add_row("right (top-1)", str(self.top1_original), str(self.top1_converted))
-            models.add_row("right within 5 (top-5)", str(self.top5_original), str(self.top5_converted))
-        speeds = (self.images_per_second_original, self.images_per_second_converted)
-        models.add_row("images per second", *(f"{speed:.1f}" for speed in speeds))
-        # A width of its own, and no colour: the text is the same in a narrow terminal, a notebook, a log and a file.
-        text = io.StringIO()
-        console = Console(file=text, width=100, color_system=None, force_jupyter=False, markup=False, highlight=False)
-        verdict = "OK: the same function" if self.ok else "FAILED: not the same function"
-        console.print(f"{verdict} on {self.images} images, {self.dtype} on {self.device}")
-        console.print(f"relative RMS error allowed: {self.bound:g}")
-        console.print(errors)
-        if self.same_top1 is not None:
-            console.print(f"same class from both models: {self.same_top1}")
-        console.print(models)
-        for line in self.failures:
-            console.print(f"FAILED {line}")
-        if self.not_compared:
-            console.print(f"not compared (no floating-point numbers): {', '.join(self.not_compared)}")
-        lines = (line.rstrip() for line in text.getvalue().strip().splitlines())
-        return "\n".join(lines).replace("\n\n\n", "\n\n")
 
 
 def verify(
@@ -246,16 +118,18 @@ def verify(
     coarsest = max(dtypes, key=lambda kind: torch.finfo(kind).eps)
     bound = max(bound_for(coarsest, d) for d in devices) if bounds is None else bounds
 
-    comparison = _Comparison()
+    comparison = Comparison()
     batches = _split(data, batch_size)
     total = min(length_hint(batches, sys.maxsize), max_batches or sys.maxsize)
     # Not inference_mode: what a model caches under it, an assembled kernel for instance, could not be trained through.
     with torch.no_grad(), _evaluating(original), _evaluating(converted), _progress_bar(progress, total) as advance:
         for index, batch in enumerate(map(_read_batch, batches), start=1):
-            comparison.add(batch, _run(original, batch, seed), _run(converted, batch, seed))
+            comparison.add(len(batch.images), batch.labels, _run(original, batch, seed), _run(converted, batch, seed))
             advance()
             if index == max_batches:
                 break
+    if not comparison.sizes:
+        raise ValueError(f"verify: data is empty; expected {_DATA_FORMS}. Was an iterator already used up?")
     return comparison.report(bound, str(coarsest).removeprefix("torch."), str(devices[0]))
 
 
@@ -276,7 +150,7 @@ def _noise(model: nn.Module, input_size: int | tuple[int, ...] | None, batch_siz
     return [torch.randn(batch_size, *shape, generator=generator) for _ in range(2)]
 
 
-_FORMS = "images (N, C, H, W), a pair (images, labels), a dict with 'pixel_values', or an iterable of these"
+_DATA_FORMS = "images (N, C, H, W), a pair (images, labels), a dict with 'pixel_values', or an iterable of these"
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -292,7 +166,7 @@ def _split(data: Any, batch_size: int) -> Iterable[Any]:
         return cut if labels is None else list(zip(cut, labels.split(batch_size), strict=True))
     if isinstance(data, Iterable):
         return data
-    raise ValueError(f"verify: data is a {type(data).__name__}; expected {_FORMS}.")
+    raise ValueError(f"verify: data is a {type(data).__name__}; expected {_DATA_FORMS}.")
 
 
 def _is_images(value: Any) -> bool:
@@ -304,10 +178,6 @@ def _is_batch(value: Any) -> bool:
     return _is_images(first) or isinstance(value, Mapping)
 
 
-def _describe(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
 def _read_batch(item: Any) -> _Batch:
     images, labels, others = item, None, {}
     if isinstance(item, Mapping):
@@ -317,8 +187,8 @@ def _read_batch(item: Any) -> _Batch:
         images, labels = item[0], item[1] if len(item) == 2 else None
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point() or not len(images):
         raise ValueError(
-            f"verify: a batch has {_describe(images)} for images; expected a floating-point tensor (N, C, H, W), N at "
-            f"least 1, preprocessed for the model. The data may be {_FORMS}."
+            f"verify: a batch has {describe(images)} for images; expected a floating-point tensor (N, C, H, W), N at "
+            f"least 1, preprocessed for the model. The data may be {_DATA_FORMS}."
         )
     return _Batch(images, None if labels is None else _read_labels(labels, len(images)), others)
 
@@ -328,7 +198,7 @@ def _read_labels(labels: Any, count: int) -> Tensor:
         labels = torch.as_tensor(labels).cpu()
     if not isinstance(labels, Tensor) or labels.shape != (count,) or labels.dtype not in _WHOLE:
         raise ValueError(
-            f"verify: a batch of {count} images has {_describe(labels)} for labels; expected one whole number per "
+            f"verify: a batch of {count} images has {describe(labels)} for labels; expected one whole number per "
             f"image, its class: shape ({count},)."
         )
     return labels.long()
@@ -396,154 +266,3 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, Mapping):
         return {key: _moved(entry, device, dtype) for key, entry in value.items()}
     return [_moved(entry, device, dtype) for entry in value] if isinstance(value, list) else value
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, leaf) of everything in a model's output that is not None, in order."""
-    entries: Iterable[tuple[str, Any]]
-    if isinstance(value, Mapping):
-        entries = ((f"{name}.{key}".lstrip("."), entry) for key, entry in value.items())
-    elif is_dataclass(value) and not isinstance(value, type):
-        entries = ((f"{name}.{f.name}".lstrip("."), getattr(value, f.name)) for f in fields(value))
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        entries = ((f"{name}.{key}".lstrip("."), getattr(value, key)) for key in value._fields)
-    elif isinstance(value, tuple | list):
-        entries = ((f"{name or 'output'}[{index}]", entry) for index, entry in enumerate(value))
-    else:
-        if value is not None:
-            yield name or "output", value
-        return
-    for key, entry in entries:
-        yield from _leaves(entry, key)
-
-
-def _float64(x: Tensor) -> Tensor:
-    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-    return x.to("cpu" if x.device.type == "mps" else x.device).double()  # MPS has no float64
-
-
-class _Comparison:
-    """The sums over all batches that the report is made of."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, list[float]] = {}  # squared error, squared norm, largest error, numbers not finite
-        self.not_compared: dict[str, None] = {}
-        self.sizes: list[int] = []
-        self.seconds: list[tuple[float, float]] = []
-        self.same = self.with_logits = self.labelled = 0
-        self.right = [[0, 0], [0, 0]]  # of original, converted: top-1, top-5
-
-    def add(self, batch: _Batch, original: tuple[Any, float], converted: tuple[Any, float]) -> None:
-        self.sizes.append(len(batch.images))
-        self.seconds.append((original[1], converted[1]))
-        pairs = self._pairs(dict(_leaves(original[0])), dict(_leaves(converted[0])))
-        for name, (a, b) in pairs.items():
-            self._add_numbers(name, _float64(a), _float64(b))
-        logits = self._logits(pairs, batch)
-        if logits is not None:
-            self._add_classes(*logits, batch.labels)
-
-    def _pairs(self, original: dict[str, Any], converted: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-        if list(original) != list(converted):
-            raise ValueError(
-                f"verify: the original returns {', '.join(original) or 'nothing'} and the converted model "
-                f"{', '.join(converted) or 'nothing'}; expected the same outputs. Are they the same class of model?"
-            )
-        pairs = {}
-        for name, a in original.items():
-            b = converted[name]
-            tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
-            if (a.shape != b.shape) if tensors else (type(a) is not type(b)):
-                raise ValueError(
-                    f"verify: {name} is {_describe(a)} from the original and {_describe(b)} from the converted model; "
-                    f"expected the same shape. Are they the same class of model?"
-                )
-            if tensors and (a.is_floating_point() or a.is_complex()):
-                pairs[name] = (a, b)
-            else:
-                self.not_compared[name] = None
-        if not pairs:
-            raise ValueError("verify: the models return no floating-point tensor; there is nothing to compare.")
-        return pairs
-
-    def _add_numbers(self, name: str, a: Tensor, b: Tensor) -> None:
-        error = b.to(a.device) - a
-        sums = self.sums.setdefault(name, [0.0] * 4)
-        largest = error.abs().max().item() if error.numel() else 0.0
-        sums[0] += error.square().sum().item()
-        sums[1] += a.square().sum().item()
-        sums[2] = largest if largest > sums[2] or math.isnan(largest) else sums[2]
-        sums[3] += sum(x.numel() - int(x.isfinite().sum()) for x in (a, b))
-
-    def _logits(self, pairs: dict[str, tuple[Tensor, Tensor]], batch: _Batch) -> tuple[Tensor, Tensor] | None:
-        flat = [name for name, (a, _) in pairs.items() if a.ndim == 2 and len(a) == len(batch.images)]
-        if "logits" in pairs:
-            flat = [name for name in flat if name == "logits"]
-        if len(flat) == 1 and flat[0] != "pooler_output":  # Hugging Face's features before the classifier
-            return pairs[flat[0]]
-        if batch.labels is not None:
-            raise ValueError(
-                f"verify: labels came and none of the outputs ({', '.join(pairs)}) is the logits; expected an output "
-                f"'logits' (N, classes) or only one output of two dimensions. Leave the labels out."
-            )
-        return None
-
-    def _add_classes(self, a: Tensor, b: Tensor, labels: Tensor | None) -> None:
-        self.with_logits += len(a)
-        self.same += int((a.argmax(1).cpu() == b.argmax(1).cpu()).sum())
-        if labels is None:
-            return
-        if labels.min() < 0 or labels.max() >= a.shape[1]:
-            raise ValueError(
-                f"verify: labels run from {labels.min()} to {labels.max()} and the models tell {a.shape[1]} classes "
-                f"apart; expected 0 to {a.shape[1] - 1}. Number the classes as the models do."
-            )
-        self.labelled += len(labels)
-        for right, logits in zip(self.right, (a, b), strict=True):
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
-            hits = best == labels[:, None]  # (N, 5)
-            right[0] += int(hits[:, 0].sum())
-            right[1] += int(hits.any(1).sum())
-
-    def report(self, bound: float, dtype: str, device: str) -> VerifyReport:
-        if not self.sizes:
-            raise ValueError(f"verify: data is empty; expected {_FORMS}. Was an iterator already used up?")
-        timed = slice(1 if len(self.sizes) > 1 else 0, None)  # the first batch also pays for set-up
-        speeds = [sum(self.sizes[timed]) / max(sum(times[timed]), 1e-9) for times in zip(*self.seconds, strict=True)]
-        top1, top5 = (
-            [Count(right[k], self.labelled) if self.labelled else None for right in self.right] for k in (0, 1)
-        )
-        return VerifyReport(
-            outputs=tuple(
-                OutputError(name, _ratio(math.sqrt(error), math.sqrt(norm)), largest, int(bad))
-                for name, (error, norm, largest, bad) in self.sums.items()
-            ),
-            bound=bound,
-            dtype=dtype,
-            device=device,
-            images=sum(self.sizes),
-            same_top1=Count(self.same, self.with_logits) if self.with_logits else None,
-            top1_original=top1[0],
-            top1_converted=top1[1],
-            top5_original=top5[0],
-            top5_converted=top5[1],
-            images_per_second_original=speeds[0],
-            images_per_second_converted=speeds[1],
-            not_compared=tuple(self.not_compared),
-        )
-
-
-def _ratio(error: float, norm: float) -> float:
-    if norm == 0:
-        return 0.0 if error == 0 else math.inf
-    return error / norm
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Count):
-        return {"count": value.count, "of": value.of, "share": value.share}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -117,16 +117,16 @@ CASES = (
     _timm("convnext_atto", {7: 12}, features_only=True),
     _timm("convnext_atto", {7: 12}, drop_path_rate=0.1),
     _timm("inception_next_atto", {7: 24}),
-    _timm("mixnet_s", {7: 14, 5: 25}),
+    _timm("mixnet_s", {7: 14, 5: 27}),
     _timm("fastvit_t8", {7: 13}, (256, 224)),
     _timm("fastvit_sa12", {7: 16}, (256, 224)),
     _timm("convmixer_768_32", {7: 32}, (112, 96)),
-    _timm("edgenext_xx_small", {7: 6, 5: 8}, (256, 224)),
+    _timm("edgenext_xx_small", {7: 6, 5: 7}, (256, 224)),
     _timm("maxxvitv2_nano_rw_256", {7: 7}, (256, 256)),
     _timm("starnet_s050", {7: 12}),
     _timm("iformer_t", {7: 11}, (224, 224)),
     _timm("coat_lite_tiny", {7: 4, 5: 8}, (224, 224)),
-    _timm("efficientvit_m1", {7: 6, 5: 6}, (224, 224)),
+    _timm("efficientvit_m1", {7: 6, 5: 12}, (224, 224), doubled=True),
     _timm("focalnet_tiny_srf", {7: 0, 5: 12}, (224, 192)),
     _timm("mambaout_femto", {7: 18}),
     Case("torchvision convnext_tiny", lambda: torchvision.models.convnext_tiny(weights=None), {7: 18}),
@@ -230,10 +230,10 @@ def with_form(model: nn.Module, form: str) -> nn.Module:
 
 
 def broken(model: nn.Module) -> nn.Module:
-    """A copy of a converted model in which one tile of one channel of the first layer lies one position off."""
+    """A copy of a converted model in which every tap of the first layer's largest kernel is one place off."""
     twin = copy.deepcopy(model)
     layer = next(iter(shiftwise_layers(twin).values()))
-    branch = max(layer.branches, key=lambda one: one.bank.numel())
+    branch = max(layer.branches, key=lambda one: one.index.numel())
     with torch.no_grad():
-        branch.bank[0, 0] = branch.bank[0, 0].roll(1, dims=-1)
+        branch.bank.copy_(branch.bank.flatten(1).roll(1, dims=1).view_as(branch.bank))
     return twin

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import sw_transplant as sw
 from sw_transplant.cli import main
@@ -81,6 +80,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     """Runs a command in this process: exit code, stdout, stderr."""
 
     def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what the test itself has printed
         code = main([str(word) for word in words])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -185,6 +185,12 @@ def test_word_that_timm_does_not_know_is_a_folder(run, folder: Path, monkeypatch
     assert run("inspect", "mine")[0] == 0
 
 
+def test_colon_in_the_name_of_a_folder(run, folder: Path) -> None:
+    save_hugging_face(folder / "tiny_model:build")
+    code, out, _ = run("inspect", "tiny_model:build", "--json")
+    assert (code, len(json.loads(out)["matches"])) == (0, 4)
+
+
 def test_hugging_face_folder_has_its_weights(folder: Path) -> None:
     save_hugging_face(folder / "hf")
     loaded = load_model("./hf")
@@ -199,11 +205,13 @@ def test_hugging_face_folder_of_another_architecture(folder: Path) -> None:
     assert type(load_model("./hf").model).__name__ == "ConvNextModel"
 
 
-def test_hugging_face_weights_that_are_missing_are_reported(folder: Path) -> None:
+def test_hugging_face_weights_that_are_missing_are_reported(run, folder: Path) -> None:
     save_hugging_face(folder / "hf")
     file = folder / "hf" / "model.safetensors"
     save_file({n: t for n, t in load_file(file).items() if "classifier" not in n}, file, metadata={"format": "pt"})
-    assert "2 weights are not in hf and random: classifier.bias, classifier.weight" in str(load_model("./hf").random)
+    _, _, err = run("convert", "./hf", "--output", "converted")
+    # One line, and not the report of transformers.
+    assert err == "sw-transplant: note: 2 weights are not in hf and random: classifier.bias, classifier.weight\n"
 
 
 def test_hugging_face_config_alone_is_seeded(folder: Path) -> None:
@@ -257,9 +265,9 @@ def test_convert_reports_what_select_left(run, folder: Path) -> None:
     code, out, _ = run("convert", "tiny_model:build", "-o", "converted", "--select", "2", "--json")
     found = json.loads(out)
     assert code == 0
-    assert found["layers"] == [
-        {"path": "2", "form": "auto", "stride": [1, 1], "channels": [8, 8], "kernels": [[9, 9]], "parameters": 656}
-    ]
+    [layer] = found["layers"]
+    assert layer.pop("parameters") >= 8 * 9 * 9 + 8  # and whatever fills the last tiles
+    assert layer == {"path": "2", "form": "auto", "stride": [1, 1], "channels": [8, 8], "kernels": [[9, 9]]}
     assert [skipped["reason"] for skipped in found["skipped"]] == ["left out by select"]
     assert found["config"] == sw.SWConfig().to_dict()
 
@@ -385,7 +393,7 @@ def test_trained_network_keeps_its_answers(run, folder: Path, shared: Path) -> N
     (folder / "cifar_slak.py").write_text(
         "import timm, sw_transplant.models\n\ndef build():\n"
         "    return timm.create_model('slak_tiny', num_classes=10, depths=(2, 2, 4, 2), dims=(24, 48, 96, 160),\n"
-        "                             kernel_size=(51, 49, 47, 13, 5))\n"
+        "                             kernel_size=(51, 49, 47, 13, 5), width_factor=1.0)\n"
     )
     archive = np.load(shared / "data" / "cifar10_test_1000.npz")
     mean, std = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
@@ -394,11 +402,12 @@ def test_trained_network_keeps_its_answers(run, folder: Path, shared: Path) -> N
         folder / "cifar.npz", images=archive["images"][chosen], labels=archive["labels"][chosen], mean=mean, std=std
     )
     weights = shared / "data" / "slak_cifar10.safetensors"
-    code, out, _ = run(
+    code, out, err = run(
         "verify", "cifar_slak:build", "--checkpoint", weights, "--data", data, "--input-size", 96, "--json"
     )
+    assert code == 0, err
     report = json.loads(out)
-    assert (code, report["same_top1"]["count"]) == (0, 40)
+    assert report["same_top1"]["count"] == 40
     right = int((archive["logits"][chosen].argmax(1) == archive["labels"][chosen]).sum())
     assert report["top1_original"]["count"] == report["top1_converted"]["count"] == right
 
@@ -503,8 +512,9 @@ def test_missing_packages_name_the_extra(run, folder: Path, monkeypatch: pytest.
         without(patch, "transformers")
         code, _, err = run("inspect", "./hf")
         assert (code, "sw-transplant[hf]" in err, len(err.splitlines())) == (2, True, 1)
+    data = save_class_folders(folder / "val")
     without(monkeypatch, "PIL")
-    code, _, err = run("verify", "tiny_model:build", "--data", save_class_folders(folder / "val"), "--input-size", 16)
+    code, _, err = run("verify", "tiny_model:build", "--data", data, "--input-size", 16)
     assert (code, "sw-transplant[hf]" in err.splitlines()[-1]) == (2, True)
 
 
@@ -598,7 +608,3 @@ def test_process_whose_output_nobody_reads(folder: Path) -> None:
     process.stdout.close()
     assert process.stderr.read() == "this is no result\n" * 2
     assert process.wait(timeout=60) == 141
-
-
-def test_models_are_modules(folder: Path) -> None:
-    assert isinstance(load_model("tiny_model:build").model, nn.Module)

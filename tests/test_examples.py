@@ -43,7 +43,7 @@ def cells(output: str, start: str) -> list[str]:
 
 def test_demo_ends_with_the_same_answers_everywhere(tmp_path: Path) -> None:
     output = run("demo.py", cwd=tmp_path)
-    _, right, _ = cells(output, "original  ")
+    _, right, *_ = cells(output, "original   ")
     assert int(right.split()[0]) > 0.97 * 450
     for step in (
         'converted, form "shift"  ',
@@ -132,7 +132,10 @@ def test_verify_slak_on_trained_weights(tmp_path: Path, shared: Path) -> None:
     assert "difference: top-1 +0 images (+0.00 percentage points)" in output
     assert "another class for 0 images" in output
 
-    run("verify_slak.py", *arguments, "--max-images", 20, "--dtype", "float64", "--form", "shift", cwd=tmp_path)
+    few = ("--max-images", 20, "--dtype", "float64", "--form", "shift")
+    output = run("verify_slak.py", *arguments, *few, cwd=tmp_path)
+    assert "the same function on 20 images, float64 on cpu" in output
+    assert output.count("auto: ") == 0
     (tmp_path / "config.json").write_text(json.dumps({**config, "input": {"crop": 3}}))
     assert "config.json: expected" in run("verify_slak.py", *arguments, cwd=tmp_path, returns=2)
     del config["model"]["dims"]

@@ -128,7 +128,7 @@ def backward_plan(
     if d.images == 1:
         z_image = out_image = 0  # not used, and perhaps beyond 32 bits
     blocks = d.groups * channels * d.parts
-    run = _ceil_div(tiles, min(tiles, _ceil_div(ENOUGH_BLOCKS, blocks)))
+    run = max(1, tiles // _ceil_div(ENOUGH_BLOCKS, blocks))
     runs = _ceil_div(tiles, run)
     sizes: tuple[int, ...] = (batch, channels, groups, branches, rows, tiles, z_height, z_width, height, width)
     sizes += (d.images, d.parts, d.step, z_image, out_image, run, runs)

@@ -7,6 +7,8 @@ PyTorch elsewhere. All add in the same order and round once, so they agree bit f
 operator is the other's gradient.
 """
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,11 +114,17 @@ def _kernels(device: torch.device) -> Any:
         from sw_transplant.cuda import shift_add
 
         return shift_add
-    if device.type == "cpu":
-        from sw_transplant.ops import shift_add_cpu
+    return _cpu_kernels() if device.type == "cpu" else None
 
-        return shift_add_cpu
-    return None
+
+@functools.cache
+def _cpu_kernels() -> Any:
+    try:
+        from sw_transplant.ops import shift_add_cpu
+    except ImportError as error:  # also what Numba raises for a NumPy newer than it knows
+        warnings.warn(f"shift_add: Numba cannot be imported ({error}); plain PyTorch is used", RuntimeWarning, 2)
+        return None
+    return shift_add_cpu
 
 
 @_shift_add.register_fake

@@ -1,9 +1,9 @@
 # mypy: disallow-untyped-defs=False
 """Shift-and-add on the CPU: one pass over z for each placement, row by row, compiled by Numba.
 
-Processor time against the reference, float32, SLaK-T's four stages at batch 8 (two cores, busy with other work): forward
-0.7 to 4 times as fast, backward 2 to 5 times, for a table that all channels share; 12 and 49 times at 56x56 with four
-edges for each channel, where the reference has to gather.
+Processor time against the reference, float32, the four stages of SLaK-T at batch 8 (two cores, busy with other work):
+forward 0.7 to 4 times as fast, backward 2 to 5 times, for a table that all channels share; 12 and 49 times at 56x56
+with four edges for each channel, where the reference has to gather.
 
 The planes of a batch are divided over as many plain threads as PyTorch uses. Numba's own parallel loops would do the
 same, but its threading layers abort the process on concurrent calls or after a fork, as in a data loader's worker.

@@ -1,0 +1,187 @@
+"""Trained networks and labelled images: after conversion every single image gets the class it had before."""
+
+from __future__ import annotations
+
+import importlib.util
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sw_transplant import SWConfig, convert, load, merge, save
+from sw_transplant.models import SLaK
+from tests.acceptance import shiftwise_layers, with_form
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trained model with 1000 images. ``right`` is what the original gets right, of 1000, in float32 on a CPU.
+
+    ``layers`` is the number of converted layers for each ``min_kernel``; ``rebuild`` makes the architecture, untrained.
+    """
+
+    model: nn.Module
+    rebuild: Callable[[], nn.Module]
+    images: Tensor
+    labels: Tensor
+    right: int
+    layers: dict[int, int]
+    logits: Tensor
+
+    def check(self, converted: nn.Module) -> None:
+        """Same classes for all images, and logits that differ by no more than 1e-4 of their size."""
+        got = logits_of(converted, self.images)
+        assert torch.equal(got.argmax(1), self.logits.argmax(1))
+        assert int((got.argmax(1) == self.labels).sum()) == self.right
+        torch.testing.assert_close(got, self.logits, rtol=0, atol=1e-4 * max(1.0, float(self.logits.abs().max())))
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([model(batch) for batch in images.split(BATCH)])
+
+
+def make_task(
+    model: nn.Module,
+    rebuild: Callable[[], nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    right: int,
+    layers: dict[int, int],
+) -> Task:
+    return Task(model, rebuild, images, labels, right, layers, logits_of(model, images))
+
+
+def from_zip(path: Path, crop: Callable[[Image.Image], Image.Image]) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, S, S) in -1 to 1, and their ImageNet-1k labels: the rank of the synset that the name begins with."""
+    synsets = Path(timm.__file__).parent / "data" / "_info" / "imagenet_synsets.txt"
+    label_of = {synset: label for label, synset in enumerate(synsets.read_text().split())}
+    images, labels = [], []
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(name for name in archive.namelist() if name.endswith(".jpg")):
+            with archive.open(name) as file:
+                pixels = np.asarray(crop(Image.open(file).convert("RGB")), dtype=np.float32)
+            images.append(torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1))
+            labels.append(label_of[Path(name).name.split("_")[0]])
+    return torch.stack(images), torch.tensor(labels)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+# ---- the three networks ---------------------------------------------------------------------------------------------
+
+
+def build_slak() -> nn.Module:
+    return SLaK(
+        depths=(2, 2, 4, 2), dims=(24, 48, 96, 160), kernel_size=(51, 49, 47, 13, 5), num_classes=10
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def cifar(shared: Path) -> dict[str, np.ndarray]:
+    with np.load(shared / "data" / "cifar10_test_1000.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def slak(shared: Path, cifar: dict[str, np.ndarray]) -> Task:
+    model = build_slak()
+    model.load_state_dict(load_file(shared / "data" / "slak_cifar10.safetensors"), strict=True)
+    pixels = torch.from_numpy(cifar["images"]).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CIFAR_MEAN, CIFAR_STD))
+    images = (F.interpolate(pixels, size=(96, 96), mode="bilinear", align_corners=False) - mean) / std
+    labels = torch.from_numpy(cifar["labels"]).long()
+    return make_task(model, build_slak, images, labels, 834, {7: 10})
+
+
+@pytest.fixture(scope="module")
+def mcunet(shared: Path) -> Task:
+    folder = shared / "data" / "mcunet"
+    spec = importlib.util.spec_from_file_location("mcunet", folder / "mcunet.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    files = folder / "mcunet-320kb-1mb_imagenet.json", folder / "mcunet-320kb-1mb_imagenet.pth"
+
+    def crop(image: Image.Image) -> Image.Image:
+        return center_crop(image.resize((201, 201), Image.Resampling.BILINEAR), 176)
+
+    images, labels = from_zip(shared / "data" / "imagenet_sample_1000_256.zip", crop)
+
+    def build() -> nn.Module:
+        import json
+
+        return module.Net(json.loads(files[0].read_text())).eval()
+
+    return make_task(module.load(*files), build, images, labels, 703, {7: 6, 5: 12})
+
+
+@pytest.fixture(scope="module")
+def lite0(shared: Path) -> Task:
+    def build() -> nn.Module:
+        return timm.create_model("tf_efficientnet_lite0").eval()
+
+    model = build()
+    weights = torch.load(shared / "data" / "tf_efficientnet_lite0.pth", map_location="cpu", weights_only=True)
+    names = list(model.state_dict())
+    model.load_state_dict(dict(zip(names, weights.values(), strict=True)), strict=True)
+    images, labels = from_zip(
+        shared / "data" / "imagenet_sample_1000_256.zip", lambda image: center_crop(image, 224)
+    )
+    return make_task(model, build, images, labels, 872, {5: 9})
+
+
+# ---- what must hold -------------------------------------------------------------------------------------------------
+
+RUNS = [("slak", 7), ("mcunet", 7), ("mcunet", 5), ("lite0", 5)]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"{run[0]} min_kernel={run[1]}")
+def run(request: pytest.FixtureRequest) -> tuple[Task, nn.Module]:
+    name, min_kernel = request.param
+    task = request.getfixturevalue(name)
+    converted = convert(task.model, SWConfig(min_kernel=min_kernel))
+    assert len(shiftwise_layers(converted)) == task.layers[min_kernel]
+    return task, converted
+
+
+def test_slak_gives_the_recorded_logits(slak: Task, cifar: dict[str, np.ndarray]) -> None:
+    torch.testing.assert_close(slak.logits, torch.from_numpy(cifar["logits"]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["assembled", "shift"])
+def test_every_image_gets_the_same_class(run: tuple[Task, nn.Module], form: str) -> None:
+    task, converted = run
+    assert int((task.logits.argmax(1) == task.labels).sum()) == task.right
+    task.check(with_form(converted, form))
+
+
+def test_after_save_and_load(run: tuple[Task, nn.Module], tmp_path: Path) -> None:
+    task, converted = run
+    save(with_form(converted, "auto"), tmp_path)
+    loaded = load(task.rebuild(), tmp_path)
+    assert shiftwise_layers(loaded).keys() == shiftwise_layers(converted).keys()
+    task.check(loaded)
+
+
+def test_after_merge(run: tuple[Task, nn.Module]) -> None:
+    task, converted = run
+    merged = merge(converted)
+    assert not shiftwise_layers(merged)
+    task.check(merged)
