@@ -47,6 +47,7 @@ def convert(
         (31, 31)
     """
     config = config or SWConfig()
+    _refuse_wrappers(model)
     inspection = inspect_model(model, config, select=select)
     if not inspection.matches and not inspection.converted:
         raise NoLargeKernelError(_nothing_found(inspection, config))
@@ -152,6 +153,22 @@ def find_site(model: nn.Module, path: str) -> nn.Module:
         raise ValueError(
             f"{path}: the model ({type(model).__name__}) has no such layer; is it another model?"
         ) from error
+
+
+_WRAPPERS = {
+    "DistributedDataParallel": "DistributedDataParallel",
+    "FullyShardedDataParallel": "FullyShardedDataParallel",
+    "OptimizedModule": "torch.compile",
+}
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    """What wraps a model has taken hold of its parameters or its code: converting beneath it would go unnoticed."""
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if (wrapper := _WRAPPERS.get(type(module).__name__)) is not None:
+            raise ValueError(
+                f"{path or 'model'}: it is wrapped by {wrapper}, expected a plain model; convert first, then wrap it"
+            )
 
 
 def _copy(model: nn.Module) -> nn.Module:

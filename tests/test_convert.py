@@ -51,7 +51,8 @@ def snapshot(model):
 
 def assert_unchanged(model, before):
     after = snapshot(model)
-    assert after["tree"] == before["tree"] and after["attributes"] == before["attributes"]
+    assert after["tree"] == before["tree"]
+    assert after["attributes"] == before["attributes"]
     assert after["state"].keys() == before["state"].keys()
     for name, (*facts, tensor) in after["state"].items():
         *facts_before, tensor_before = before["state"][name]
@@ -77,7 +78,8 @@ def test_a_copy_is_converted_and_the_model_left_as_it_was():
     model = model_of_everything()
     before = snapshot(model)
     converted = convert(model)
-    assert converted is not model and type(converted) is type(model)
+    assert converted is not model
+    assert type(converted) is type(model)
     assert_unchanged(model, before)
 
 
@@ -114,7 +116,8 @@ def test_requires_grad_and_modes_are_kept():
     model[2].eval()
     converted = convert(model)
     first, block, last = converted
-    assert not first.branches[0].bank.requires_grad and first.branches[0].bias.requires_grad
+    assert not first.branches[0].bank.requires_grad
+    assert first.branches[0].bias.requires_grad
     assert [branch.bank.requires_grad for branch in block.branches] == [True, False]
     assert [branch.bn.training for branch in block.branches] == [False, True]
     assert [first.training, block.training, last.training] == [True, True, False]
@@ -144,7 +147,8 @@ def test_a_partly_converted_model_is_converted_to_the_end():
     model = nn.Sequential(conv(), conv())
     half = convert(model, select="0")
     whole = convert(half)
-    assert list(shiftwise(half)) == ["0"] and list(shiftwise(whole)) == ["0", "1"]
+    assert list(shiftwise(half)) == ["0"]
+    assert list(shiftwise(whole)) == ["0", "1"]
 
 
 def test_nothing_to_convert_is_an_error_with_the_reasons():
@@ -154,6 +158,12 @@ def test_nothing_to_convert_is_an_error_with_the_reasons():
         convert(nn.Sequential(conv(padding_mode="reflect")))
     with pytest.raises(NoLargeKernelError, match="min_kernel = 7"):
         convert(nn.Sequential(conv(size=5)))
+
+
+def test_a_wrapped_model_is_refused():
+    for wrapped in (torch.compile(nn.Sequential(conv())), nn.Sequential(torch.compile(conv()))):
+        with pytest.raises(ValueError, match="wrapped by torch.compile.*convert first, then wrap"):
+            convert(wrapped)
 
 
 def test_a_model_that_cannot_be_copied_is_named_with_the_way_out():
@@ -210,6 +220,8 @@ class TestFailure:
 
 def test_summary_shows_converted_layers_and_what_runs():
     text = summary(convert(nn.Sequential(conv(), Parallel(conv_bn(size=13), conv_bn(size=5))), SWConfig(form="shift")))
-    assert "13x13 + 5x5" in text and "9 of 5x5 + 1 of 5x5" in text and "shift" in text
+    assert "13x13 + 5x5" in text
+    assert "9 of 5x5 + 1 of 5x5" in text
+    assert "shift" in text
     assert "No large depthwise" not in text
     assert "7x7" in summary(nn.Sequential(conv()))

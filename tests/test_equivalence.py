@@ -21,7 +21,8 @@ def test_assemble_is_the_bit_exact_inverse_of_lay_out(size, tile):
     bank, placements = lay_out(kernel, tile)
     tiles = -(-size[0] // tile) * -(-size[1] // tile)
     assert bank.shape == (4, tiles, tile, tile)
-    assert placements.shape == (tiles, 3) and placements.dtype == torch.int32
+    assert placements.shape == (tiles, 3)
+    assert placements.dtype == torch.int32
     assert torch.equal(bits(assemble(bank, placements, size)), bits(kernel))
 
 

@@ -74,7 +74,8 @@ def test_a_single_convolution_is_a_match_with_its_geometry():
     (branch,) = match.branches
     assert (branch.weight, branch.bias, branch.bn, branch.tile) == ("weight", "bias", None, 5)
     assert branch.geometry.kernel_size == (9, 7)
-    assert branch.geometry.padding == (4, 4, 3, 3) and branch.geometry.dilation == (1, 2)
+    assert branch.geometry.padding == (4, 4, 3, 3)
+    assert branch.geometry.dilation == (1, 2)
     assert match.parameters_before == 8 * 63 + 8
     assert match.parameters_after == 8 * 4 * 25 + 8
 
@@ -110,7 +111,7 @@ def test_an_object_in_several_places_is_one_match_with_aliases():
     shared = conv()
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": shared})
     (match,) = inspect_model(model).matches
-    assert match.path == "a" and match.aliases == ("c", "b.0") or set(match.aliases) == {"c", "b.0"}
+    assert (match.path == "a" and match.aliases == ("c", "b.0")) or set(match.aliases) == {"c", "b.0"}
 
 
 # ---- sums of parallel branches ----
@@ -132,7 +133,8 @@ def test_a_sum_of_branches_is_one_match():
 def test_sums_within_sums_are_taken_at_the_top():
     model = Residual(Parallel(Parallel(conv_bn(size=9), conv_bn(size=3)), conv_bn(size=5)))
     (match,) = inspect_model(model).matches
-    assert match.path == "inner" and len(match.branches) == 3
+    assert match.path == "inner"
+    assert len(match.branches) == 3
 
 
 def test_a_convolution_with_its_batch_norm_alone_stays_a_leaf():
@@ -142,7 +144,8 @@ def test_a_convolution_with_its_batch_norm_alone_stays_a_leaf():
 def test_dilated_branches():
     model = Parallel(conv_bn(size=13), conv_bn(size=3, padding=4, dilation=4))
     (match,) = inspect_model(model).matches
-    assert match.path == "" and match.branches[1].geometry.dilation == (4, 4)
+    assert match.path == ""
+    assert match.branches[1].geometry.dilation == (4, 4)
 
 
 class TrainEvalDiffer(Parallel):
@@ -216,7 +219,9 @@ def test_a_block_whose_part_is_used_elsewhere_is_not_merged():
 
 def test_a_functional_convolution_that_is_the_whole_forward_is_found():
     (match,) = inspect_model(nn.Sequential(Functional())).matches
-    assert match.path == "0" and match.branches[0].weight == "kernel" and match.branches[0].bias == "offset"
+    assert match.path == "0"
+    assert match.branches[0].weight == "kernel"
+    assert match.branches[0].bias == "offset"
     assert match.branches[0].geometry.padding == (4, 4, 4, 4)
 
 
@@ -311,7 +316,8 @@ def test_reason_to_leave_a_layer(case):
     inspection = inspect_model(model)
     assert [match.path for match in inspection.matches] == ["taken"]
     (skipped,) = inspection.skipped
-    assert skipped.path == "left" and expected in skipped.reason
+    assert skipped.path == "left"
+    assert expected in skipped.reason
     assert re.sub(r"\s", "", skipped.reason[:20]) in re.sub(r"\s", "", str(inspection))
 
 
@@ -411,5 +417,7 @@ def test_a_failed_trace_leaves_nothing_behind():
 def test_printed_inspection_names_layers_kernels_and_reasons():
     model = nn.ModuleDict({"block": Parallel(conv_bn(size=13), conv_bn(size=5)), "small": conv(size=3)})
     text = str(inspect_model(model))
-    assert "block" in text and "13x13 + 5x5" in text and "min_kernel = 7" in text
+    assert "block" in text
+    assert "13x13 + 5x5" in text
+    assert "min_kernel = 7" in text
     assert "No large depthwise convolution" in str(inspect_model(nn.Sequential(nn.ReLU())))

@@ -42,7 +42,7 @@ def test_round_trip(saved):
 
 
 def test_a_loaded_model_can_be_saved_again(saved, tmp_path):
-    converted, folder = saved
+    _converted, folder = saved
     save(load(model_of_everything(), folder), tmp_path / "again")
     for name in ("sw_config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()

@@ -26,7 +26,8 @@ def test_one_convolution_comes_back_bit_for_bit():
         merged = merge(convert(layer)).eval()
         plain = merged if isinstance(merged, nn.Conv2d) else merged[1]
         assert type(plain) is nn.Conv2d
-        assert torch.equal(plain.weight, layer.weight) and torch.equal(plain.bias, layer.bias)
+        assert torch.equal(plain.weight, layer.weight)
+        assert torch.equal(plain.bias, layer.bias)
         x = torch.randn(1, 4, 19, 22)
         torch.testing.assert_close(merged(x), layer(x))
 
@@ -41,7 +42,8 @@ def test_parallel_strips_stay_two_convolutions():
     assert isinstance(merged, ParallelConv2d)
     assert [part.kernel_size for part in merged] == [(51, 5), (5, 51)]
     again = convert(merged)  # what was merged is found again, as one module
-    assert isinstance(again, ShiftwiseConv2d) and len(again.branches) == 2
+    assert isinstance(again, ShiftwiseConv2d)
+    assert len(again.branches) == 2
 
 
 def test_padding_that_depends_on_the_map_is_kept():
@@ -66,7 +68,8 @@ def test_shared_layers_stay_shared():
 
 def test_in_place():
     model = convert(nn.Sequential(conv()))
-    assert merge(model, inplace=True) is model and type(model[0]) is nn.Conv2d
+    assert merge(model, inplace=True) is model
+    assert type(model[0]) is nn.Conv2d
 
 
 def test_errors():

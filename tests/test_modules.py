@@ -122,7 +122,8 @@ def test_one_convolution(size, stride, dilation, multiplier, tile, padding, form
         assert error(got[0], wanted[0]) <= 10 * EXACT
         assert error(Branch.from_kernel(geometry, wanted[1], tile).bank, got[1]) <= 10 * EXACT
         assert error(got[2], wanted[2]) <= 10 * EXACT
-    assert torch.equal(module.weight, weight) and torch.equal(module.bias, bias)
+    assert torch.equal(module.weight, weight)
+    assert torch.equal(module.bias, bias)
     assert (module.kernel_size, module.stride, module.dilation, module.groups) == (size, stride, dilation, 3)
 
 
@@ -198,7 +199,8 @@ def test_filled_taps_stay_zero_whatever_an_optimizer_does():
         y = module(x)
         torch.testing.assert_close(y, F.conv2d(x, weight, None, 1, 3, 1, 2))
         y.square().sum().backward()
-        assert filling.any() and torch.equal(bank.grad[filling], torch.zeros(int(filling.sum())))
+        assert filling.any()
+        assert torch.equal(bank.grad[filling], torch.zeros(int(filling.sum())))
         assert torch.equal(module.weight, weight)
 
 
@@ -239,7 +241,8 @@ class TestCache:
         module(self.x)
         first = module._cache
         module(self.x)
-        assert first is not None and module._cache is first
+        assert first is not None
+        assert module._cache is first
 
     CHANGES = {
         "parameter in place": lambda m: m.branches[0].bank.mul_(2),
