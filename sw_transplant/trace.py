@@ -27,7 +27,7 @@ class NotLinearError(Exception):
 
 @dataclass(frozen=True)
 class LinearBranch:
-    """One summand of a forward: paths inside the module, as in :class:`match.SourceBranch`; ``stride`` None for the identity."""
+    """One summand of a forward; paths as in :class:`match.SourceBranch`. ``stride`` is None for the identity."""
 
     weight: str | None
     bias: str | None
@@ -70,7 +70,7 @@ def _read(module: nn.Module, training: bool) -> list[LinearBranch]:
         twin = structural_copy(module).train(training)
         graph = _LeafTracer().trace(twin)
     except Exception as error:  # user code under a tracer may fail in any way
-        raise NotLinearError(f"its forward cannot be traced ({type(error).__name__}: {str(error):.80})") from error
+        raise NotLinearError(f"its forward cannot be traced ({type(error).__name__}: {error!s:.80})") from error
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     if len(placeholders) != 1:
         raise NotLinearError(f"its forward takes {len(placeholders)} inputs")
@@ -94,10 +94,10 @@ def _step(root: nn.Module, node: torch.fx.Node, values: dict[torch.fx.Node, Any]
     if node.op == "call_module" and len(operands) == 1 and not node.kwargs:
         return _call_module(str(node.target), root.get_submodule(str(node.target)), operands[0])
     added = (
-        node.op == "call_function"
-        and node.target in _ADDITIONS
-        or node.op == "call_method"
-        and node.target in ("add", "add_")
+        (node.op == "call_function"
+        and node.target in _ADDITIONS)
+        or (node.op == "call_method"
+        and node.target in ("add", "add_"))
     )
     if added and len(operands) == 2 and not node.kwargs:
         return _add(*operands)

@@ -9,7 +9,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of goldens, trained weights and labelled images beside the checkout; the test skips where it is absent."""
+    """The folder of goldens, trained weights and images beside the checkout; the test skips where it is absent."""
     if not SHARED.is_dir():
         pytest.skip("needs the folder 'shared' (goldens, trained weights, images) beside the checkout; it is absent")
     return SHARED

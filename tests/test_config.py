@@ -21,7 +21,7 @@ def test_values_outside_their_range_are_refused(values):
 
 
 def test_unknown_fields_are_refused():
-    with pytest.raises(ValueError, match="unknown fields.*'paths'"):
+    with pytest.raises(ValueError, match=r"unknown fields.*'paths'"):
         SWConfig.from_dict({"paths": 2})
-    with pytest.raises(ValueError, match="expected an object"):
+    with pytest.raises(ValueError, match=r"expected an object"):
         SWConfig.from_dict([1])

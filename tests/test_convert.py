@@ -56,7 +56,8 @@ def assert_unchanged(model, before):
     assert after["state"].keys() == before["state"].keys()
     for name, (*facts, tensor) in after["state"].items():
         *facts_before, tensor_before = before["state"][name]
-        assert facts == facts_before and torch.equal(tensor, tensor_before), name
+        assert facts == facts_before, name
+        assert torch.equal(tensor, tensor_before), name
 
 
 def shiftwise(model):
@@ -152,24 +153,24 @@ def test_a_partly_converted_model_is_converted_to_the_end():
 
 
 def test_nothing_to_convert_is_an_error_with_the_reasons():
-    with pytest.raises(NoLargeKernelError, match="kernel of 7 or more taps"):
+    with pytest.raises(NoLargeKernelError, match=r"kernel of 7 or more taps"):
         convert(nn.Sequential(nn.Conv2d(3, 8, 3)))
-    with pytest.raises(NoLargeKernelError, match="padding_mode 'reflect'"):
+    with pytest.raises(NoLargeKernelError, match=r"padding_mode 'reflect'"):
         convert(nn.Sequential(conv(padding_mode="reflect")))
-    with pytest.raises(NoLargeKernelError, match="min_kernel = 7"):
+    with pytest.raises(NoLargeKernelError, match=r"min_kernel = 7"):
         convert(nn.Sequential(conv(size=5)))
 
 
 def test_a_wrapped_model_is_refused():
     for wrapped in (torch.compile(nn.Sequential(conv())), nn.Sequential(torch.compile(conv()))):
-        with pytest.raises(ValueError, match="wrapped by torch.compile.*convert first, then wrap"):
+        with pytest.raises(ValueError, match=r"wrapped by torch.compile.*convert first, then wrap"):
             convert(wrapped)
 
 
 def test_a_model_that_cannot_be_copied_is_named_with_the_way_out():
     model = nn.Sequential(conv())
     model.lock = __import__("threading").Lock()
-    with pytest.raises(ValueError, match="cannot be copied .*inplace=True"):
+    with pytest.raises(ValueError, match=r"cannot be copied .*inplace=True"):
         convert(model)
     assert shiftwise(convert(model, inplace=True))
 
@@ -188,7 +189,7 @@ class TestFailure:
 
         monkeypatch.setattr(surgery, "build", failing)
         before = snapshot(model)
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with pytest.raises(RuntimeError, match=r"out of memory"):
             convert(model, inplace=True)
         assert_unchanged(model, before)
 

@@ -171,10 +171,10 @@ def test_a_model_that_does_not_fit_is_refused_and_left_alone(saved, case):
 
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="no Shiftwise layer, expected a model from convert"):
+    with pytest.raises(ValueError, match=r"no Shiftwise layer, expected a model from convert"):
         save(nn.Sequential(conv()), tmp_path / "plain")
     converted = convert(nn.Sequential(conv()))
     converted[0].reparameterize()
-    with pytest.raises(ValueError, match="0: this Shiftwise layer cannot be rebuilt"):
+    with pytest.raises(ValueError, match=r"0: this Shiftwise layer cannot be rebuilt"):
         save(converted, tmp_path / "folded")
     assert list(tmp_path.iterdir()) == []

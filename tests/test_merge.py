@@ -73,12 +73,12 @@ def test_in_place():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="no Shiftwise module, expected a model from convert"):
+    with pytest.raises(ValueError, match=r"no Shiftwise module, expected a model from convert"):
         merge(nn.Sequential(conv()))
     model = convert(
         nn.Sequential(Parallel(conv_bn(), nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False))))
     )
-    with pytest.raises(NotImplementedError, match="no running statistics"):
+    with pytest.raises(NotImplementedError, match=r"no running statistics"):
         merge(model, inplace=True)
     assert isinstance(model[0], ShiftwiseConv2d)
 

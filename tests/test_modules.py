@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_one_convolution(size, stride, dilation, multiplier, tile, padding, form
         x = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
         top, bottom, left, right = geometry.resolve((height, width), stride)
         if height + top + bottom <= geometry.reach[0] or width + left + right <= geometry.reach[1]:
-            with pytest.raises(ValueError, match="is smaller than the kernel"):
+            with pytest.raises(ValueError, match=r"is smaller than the kernel"):
                 module(x)
             continue
         w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
@@ -244,7 +245,7 @@ class TestCache:
         assert first is not None
         assert module._cache is first
 
-    CHANGES = {
+    CHANGES: ClassVar = {
         "parameter in place": lambda m: m.branches[0].bank.mul_(2),
         "buffer in place": lambda m: m.branches[0].bn.running_var.mul_(2),
         "parameter exchanged": lambda m: setattr(m.branches[1], "bank", nn.Parameter(m.branches[1].bank * 3)),
@@ -321,7 +322,7 @@ def test_kernels_without_running_statistics_are_refused():
     )
     module = ShiftwiseConv2d(2, 2, (1, 1), [branch]).eval()
     module(torch.randn(2, 2, 8, 8))  # runs, on batch statistics
-    with pytest.raises(NotImplementedError, match="no running statistics"):
+    with pytest.raises(NotImplementedError, match=r"no running statistics"):
         module.kernels()
 
 

@@ -1,0 +1,88 @@
+"""Which responses are used: by counting gradients, and the numbers of the paper's coverage analysis."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sw_transplant import convert
+from sw_transplant.shiftwise import BRANCHES, SWConv2d
+from sw_transplant.utilisation import utilisation
+
+
+def reached(module, size):
+    """Which responses have a gradient: (active, T, H, W), counted with an edge at a time of ones."""
+    n, (sh, sw) = module.tile, module.stride
+    count = torch.zeros(len(module.active), module.tiles, *size)
+    z = torch.zeros(*count.shape[:2], size[0] + 200, size[1] + 200, requires_grad=True)
+    total = 0
+    for order, step in ((module.horizontal, (0, n)), (module.vertical, (n, 0))):
+        for edge in order:
+            for c, row in enumerate(edge.tolist()):
+                for t, place in enumerate(row):
+                    shift = [place * s - (module.length // 2 - n // 2 if s else 0) for s in step]
+                    window = z[c, t, 100 + shift[0] :, 100 + shift[1] :][: size[0] : sh, : size[1] : sw]
+                    total = total + window.sum()
+    for edge in module.identity:
+        for c, t in enumerate(edge.tolist()):
+            total = total + z[c, t, 100:, 100:][: size[0] : sh, : size[1] : sw].sum()
+    total.backward()
+    return z.grad[:, :, 100 : 100 + size[0], 100 : 100 + size[1]] > 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"edges": 1}, {"stride": 2}, {"tile": 5}, {"tile": 2, "stride": (1, 3)}])
+@pytest.mark.parametrize("size", [(9, 6), (14, 20)])
+def test_counts_the_responses_that_have_an_influence(settings, size):
+    module = SWConv2d(6, 17, **settings)
+    assert utilisation(module, size).total == pytest.approx(reached(module, size).float().mean().item())
+
+
+@pytest.mark.parametrize(("length", "size"), [(47, 14), (13, 7)])
+def test_the_papers_coverage(length, size):
+    one, two, four = (utilisation(SWConv2d(64, length, edges=edges), size) for edges in (1, 2, 4))
+    horizontal, vertical, _ = one.branches
+    assert horizontal == vertical == pytest.approx({14: 0.290, 7: 0.457}[size], abs=1e-3)
+    assert four.total > 0.95
+    assert one.total < two.total < four.total
+    assert [a < b < c for a, b, c in zip(one.branches, two.branches, four.branches, strict=True)] == [True] * 3
+
+
+def test_about_35_percent_with_one_edge_over_the_two_late_stages():
+    shares = [utilisation(SWConv2d(64, length, edges=1), size).branches[0] for length, size in ((47, 14), (13, 7))]
+    assert sum(shares) / 2 == pytest.approx(0.35, abs=0.03)
+
+
+def test_masked_filters_do_not_count():
+    module = SWConv2d(6, 17, masked=True)
+    used = reached(module, (9, 9)).float().mean((2, 3))
+    with torch.no_grad():
+        for path in module.paths:
+            path.mask.copy_(torch.rand(path.mask.shape) < 0.4)
+    live = module.paths[0].mask | module.paths[1].mask
+    assert utilisation(module, 9).total == pytest.approx(used[live].mean().item())
+    for path in module.paths:
+        path.mask.zero_()
+    assert utilisation(module, 9).total == 0
+
+
+def test_of_a_laid_out_layer():
+    conv = nn.Conv2d(2, 2, (21, 3), padding=(10, 1), groups=2)
+    share = utilisation(convert(nn.Sequential(conv))[0], 7)
+    x = torch.ones(1, 1, 7, 7)
+    used = 0.0
+    for first in range(0, 21, 3):  # a tile's response at the centre row r is read by output r + 10 - (first + 1)
+        used += F.pad(x, (0, 0, 30, 30))[0, 0, 30 + first - 9 :][:7].mean().item()
+    assert len(share.branches) == 1
+    assert share.total == share.branches[0] == pytest.approx(used / 7)
+
+
+def test_a_map_without_output_is_refused():
+    conv = nn.Conv2d(2, 2, 9, groups=2)
+    with pytest.raises(ValueError, match=r"a map \(5, 5\) gives an output \(-3, -3\)"):
+        utilisation(convert(nn.Sequential(conv))[0], 5)
+
+
+def test_branches_come_in_the_order_of_the_module():
+    module = SWConv2d(8, 13)
+    assert len(module.branches) == len(BRANCHES) + 1
+    assert len(utilisation(module, 7).branches) == len(BRANCHES)
