@@ -32,7 +32,7 @@ def is_available(device: int) -> bool:
         with torch.cuda.device(device):
             cuda.jit(void())(_nothing)  # compiles, links and loads: all that a missing part or an old driver can break
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         warnings.warn(
             f"The CUDA kernels of sw_transplant are not available on cuda:{device} ({reason}); plain PyTorch is used "
             "instead: same results, more slowly. They need a numba-cuda that matches the driver: "
@@ -47,8 +47,8 @@ def is_available(device: int) -> bool:
 def launch(
     factory: Callable[..., KernelSource],
     key: tuple[Hashable, ...],
-    grid: int,
-    threads: int,
+    grid: int | tuple[int, ...],
+    threads: int | tuple[int, ...],
     arguments: Sequence[Any],
     shared_bytes: int = 0,
 ) -> None:
@@ -95,7 +95,9 @@ def _external_stream(device: int, handle: int) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _configured(kernel: Any, grid: int, threads: int, stream: Any, shared_bytes: int) -> Any:
+def _configured(
+    kernel: Any, grid: int | tuple[int, ...], threads: int | tuple[int, ...], stream: Any, shared_bytes: int
+) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Grid size")  # a small input is no mistake of the caller
         return kernel[grid, threads, stream, shared_bytes]

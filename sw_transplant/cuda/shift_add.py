@@ -152,9 +152,8 @@ def forward_source(dtype: torch.dtype) -> KernelSource:
         z, placements, out, batch, channels, groups, branches, rows, tiles, z_height, z_width, height, width,
         stride_h, stride_w, images, parts, step, z_image, out_image,
     ):  # fmt: skip
-        table = cuda.shared.array(
-            0, int32
-        )  # rows (offset in z, y, x); unsigned indices: signed ones may count from the end
+        # Rows (offset in z, y, x). Indices are unsigned: Numba tests whether signed ones count from the end.
+        table = cuda.shared.array(0, int32)
         values = cuda.local.array(count, stored)
         sums = cuda.local.array(count, computed)
         read = cuda.local.array(count, int32)
@@ -172,7 +171,7 @@ def forward_source(dtype: torch.dtype) -> KernelSource:
         plane = int32(height * width)
         z_plane = int32(z_height * z_width)
         start = int32(part * step * count)
-        mine = int32(min(images, batch - image) * plane - start - thread)  # outputs from this thread's first one on
+        ahead = int32(min(images, batch - image) * plane - start - thread)  # outputs from this thread's first one on
 
         # A row that touches none of this block's outputs is passed over by the whole block.
         first_row = int32(quotient(uint32(start), uint32(width))) * stride_h
@@ -193,7 +192,7 @@ def forward_source(dtype: torch.dtype) -> KernelSource:
             return
 
         for v in range(count):
-            e = uint32(start + thread + min(v * step, mine - 1))  # beyond the end: the last one again, not stored
+            e = uint32(start + thread + min(v * step, ahead - 1))  # beyond the end: the last one again, not stored
             b = quotient(e, uint32(plane))
             q = uint32(e - b * uint32(plane))
             h = quotient(q, uint32(width))
@@ -223,7 +222,7 @@ def forward_source(dtype: torch.dtype) -> KernelSource:
                         sums[v] += widen(values[v])
                 slot = uint32(slot + uint32(3))
             for v in range(count):
-                if int32(v * step) < mine:
+                if int32(v * step) < ahead:
                     block_out[write[v]] = narrow(sums[v])
             block_out = advance(block_out, int64(batch) * channels * plane)
 
@@ -242,7 +241,7 @@ def backward_source(dtype: torch.dtype, stride_h: int, stride_w: int) -> KernelS
         images, parts, step, z_image, out_image, run, runs,
     ):  # fmt: skip
         # Rows (k, y, x) sorted by tile; then the tile of every row as given; then where each tile's rows begin.
-        table = cuda.shared.array(0, int32)  # unsigned indices: signed ones may count from the end
+        table = cuda.shared.array(0, int32)
         values = cuda.local.array(count, stored)
         sums = cuda.local.array(count, computed)
         read = cuda.local.array(count, int32)
@@ -262,23 +261,20 @@ def backward_source(dtype: torch.dtype, stride_h: int, stride_w: int) -> KernelS
         plane = int32(height * width)
         z_plane = int32(z_height * z_width)
         start = int32(part * step * count)
-        mine = int32(min(images, batch - image) * z_plane - start - thread)  # positions from this thread's first one on
+        ahead = int32(min(images, batch - image) * z_plane - start - thread)  # positions from this thread's first on
 
-        # A row's place is the number of rows that come before it: no thread waits for another, and the order is that of
-        # k and p within a tile.
+        # A row's place is the number of rows that come before it: no thread waits for another, and the order within a
+        # tile is that of k and p. Tiles count from this block's first one: negative ones come first and are not used.
         total = int32(branches * rows)
         tile_of = uint32(3 * total)
         begin_of = uint32(4 * total)
         for r in range(thread, total, int32(cuda.blockDim.x)):
             tile = placements[where_row(r, rows, groups, channel)]
-            here = first_tile <= tile and tile < min(first_tile + run, tiles)
-            table[tile_of + uint32(r)] = int32(
-                tile - first_tile if here else run
-            )  # run: behind all tiles of this block
+            table[tile_of + uint32(r)] = int32(tile - first_tile)
         cuda.syncthreads()
         for r in range(thread, total, int32(cuda.blockDim.x)):
             tile = table[tile_of + uint32(r)]
-            if tile < run:
+            if 0 <= tile and tile < run:
                 place = uint32(0)
                 for other in range(total):
                     other_tile = table[tile_of + uint32(other)]
@@ -299,7 +295,7 @@ def backward_source(dtype: torch.dtype, stride_h: int, stride_w: int) -> KernelS
             return
 
         for v in range(count):
-            e = uint32(start + thread + min(v * step, mine - 1))  # beyond the end: the last one again, not stored
+            e = uint32(start + thread + min(v * step, ahead - 1))  # beyond the end: the last one again, not stored
             b = quotient(e, uint32(z_plane))
             q = uint32(e - b * uint32(z_plane))
             h = quotient(q, uint32(z_width))
@@ -334,7 +330,7 @@ def backward_source(dtype: torch.dtype, stride_h: int, stride_w: int) -> KernelS
                     sums[v] += widen(values[v])
                 slot = uint32(slot + uint32(3))
             for v in range(count):
-                if int32(v * step) < mine:
+                if int32(v * step) < ahead:
                     block_z[write[v]] = narrow(sums[v])
             block_z = advance(block_z, int64(z_plane))
 

@@ -2,9 +2,9 @@
 
     out[k, b, c, h, w] = sum over p of z[b, c, tile, stride * (h, w) + (y, x)]      (tile, y, x) = placements[k, c, p]
 
-Operators `torch.ops.sw_transplant.shift_add` and `shift_add_backward`: Numba kernels on CUDA and on the CPU, plain
-PyTorch elsewhere. All add in the same order and round once, so they agree bit for bit. The map is linear in z: each
-operator is the other's gradient.
+Operators `torch.ops.sw_transplant.shift_add` and `shift_add_backward`: Numba kernels on CUDA, and on the CPU for tables
+per channel; plain PyTorch otherwise. All add in the same order and round once, so they agree bit for bit. The map is
+linear in z: each operator is the other's gradient.
 """
 
 import functools
@@ -84,8 +84,8 @@ def _check(z: Tensor, placements: Tensor, out_size: Sequence[int], stride: Seque
     schema="(Tensor z, Tensor placements, SymInt[2] out_size, int[2] stride) -> Tensor",
 )
 def _shift_add(z: Tensor, placements: Tensor, out_size: Sequence[int], stride: Sequence[int]) -> Tensor:
-    kernels = _kernels(z.device)
-    if kernels is not None and kernels.supports(placements, z.shape[2], z.shape[3:], out_size, stride):
+    kernels = _kernels(placements, z.shape[2], z.shape[3:], out_size, stride)
+    if kernels is not None:
         out = z.new_empty((placements.shape[0], *z.shape[:2], *out_size))
         kernels.shift_add_forward(z.contiguous(), placements.contiguous(), out, stride)
         return out
@@ -100,21 +100,26 @@ def _shift_add(z: Tensor, placements: Tensor, out_size: Sequence[int], stride: S
 def _shift_add_backward(
     grad: Tensor, placements: Tensor, tiles: int, z_size: Sequence[int], stride: Sequence[int]
 ) -> Tensor:
-    kernels = _kernels(grad.device)
-    if kernels is not None and kernels.supports(placements, tiles, z_size, grad.shape[3:], stride):
+    kernels = _kernels(placements, tiles, z_size, grad.shape[3:], stride)
+    if kernels is not None:
         grad_z = grad.new_empty((*grad.shape[1:3], tiles, *z_size))
         kernels.shift_add_backward(grad.contiguous(), placements.contiguous(), grad_z, stride)
         return grad_z
     return shift_add_backward_reference(grad, placements, tiles, z_size, stride)
 
 
-def _kernels(device: torch.device) -> Any:
-    """The module of kernels for this device, or None where the reference has to do; imported when first needed."""
+def _kernels(
+    placements: Tensor, tiles: int, z_size: Sequence[int], out_size: Sequence[int], stride: Sequence[int]
+) -> Any:
+    """The module of kernels to use, imported when first needed, or None where the reference has to do or is faster."""
+    device = placements.device
     if device.type == "cuda" and launch.is_available(device.index):
         from sw_transplant.cuda import shift_add
 
-        return shift_add
-    return _cpu_kernels() if device.type == "cpu" else None
+        return shift_add if shift_add.supports(placements, tiles, z_size, out_size, stride) else None
+    if device.type == "cpu" and placements.shape[1] > 1:
+        return _cpu_kernels()
+    return None
 
 
 @functools.cache

@@ -36,11 +36,11 @@ def test_a_driver_too_old_for_the_compiler_is_reported(monkeypatch: pytest.Monke
     pytest.importorskip("numba.cuda", reason="needs numba-cuda")
 
     def jit(*_args, **_options):
-        raise RuntimeError("[222] CUDA_ERROR_UNSUPPORTED_PTX_VERSION\nmore lines")
+        raise RuntimeError("[222] CUDA_ERROR_UNSUPPORTED_PTX_VERSION\n  in a later line")
 
     monkeypatch.setattr("numba.cuda.jit", jit)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     with pytest.warns(
-        RuntimeWarning, match=r"\(RuntimeError: \[222\] CUDA_ERROR_UNSUPPORTED_PTX_VERSION\); plain PyTorch"
+        RuntimeWarning, match=r"\(RuntimeError: \[222\] CUDA_ERROR_UNSUPPORTED_PTX_VERSION in a later line\); plain"
     ):
         assert not launch.is_available(0)

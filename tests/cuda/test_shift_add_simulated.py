@@ -55,7 +55,7 @@ def test_division_keeps_offsets_of_a_block_in_32_bits() -> None:
 
 
 def test_division_makes_blocks_enough_where_it_can() -> None:
-    assert divide(1, 124, 49, 8, image_size=1).images == 1
+    assert divide(8, 124, 49, 8, image_size=124 * 49).images == 1
     assert divide(64, 998, 49, 8, image_size=998 * 49).images > 8
     z_shape, out_shape = (1, 96, 23, 11, 11), (3, 1, 96, 7, 7)
     assert backward_plan(torch.float32, z_shape, (3, 1, 11, 3), out_shape, (1, 1)).grid >= 1000

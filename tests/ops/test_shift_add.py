@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,7 @@ def test_backward_is_the_definition(case: Case, dtype: torch.dtype) -> None:
     z.requires_grad_()
     shift_add(z, placements, case.out_size, case.stride).backward(grad)
     assert_same_bits(z.grad, expected)
+    assert z.grad.is_contiguous()
     for table in (placements, per_channel(placements, case.channels)):
         result = shift_add_backward_reference(grad, table, case.tiles, case.z_size, case.stride)
         assert_same_bits(result, expected)
@@ -71,9 +73,9 @@ def test_many_threads_give_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert_same_bits(grad_z, naive_shift_add_backward(grad, placements, case.tiles, case.z_size, case.stride))
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
 @pytest.mark.parametrize("layout", ["strided", "channels_last", "expanded"])
-def test_any_strides_of_z_and_of_the_gradient(layout: str) -> None:
-    case = CASES[0]
+def test_any_strides_of_z_and_of_the_gradient(layout: str, case: Case) -> None:
     z, placements, grad = case.inputs(torch.float32)
     if layout == "strided":
         views = [torch.stack([t, t + 1], dim=-1)[..., 0] for t in (z, grad)]
@@ -103,6 +105,7 @@ def test_nothing_to_add(empty: str) -> None:
     out.sum().backward()
     assert z.grad.shape == z.shape
     table = per_channel(placements, sizes["channels"])
+    assert_same_bits(shift_add(z, table, (4, 3)).detach(), out.detach())
     assert_same_bits(shift_add_reference(z.detach(), table, (4, 3)), out.detach())
     grad_z = shift_add_backward_reference(torch.ones_like(out), table, sizes["tiles"], (5, 5))
     assert_same_bits(grad_z, z.grad)
@@ -121,12 +124,18 @@ def test_extreme_shifts_add_nothing() -> None:
 
 
 def test_infinities_stay_where_they_are_read() -> None:
-    z = torch.zeros(1, 1, 2, 3, 3)
-    z[0, 0, 1] = float("inf")
+    z = torch.zeros(1, 2, 2, 3, 3)
+    z[:, :, 1] = float("inf")
+    grad = torch.full((1, 1, 2, 3, 3), float("inf"))
     placements = torch.tensor([[0, 0, 0], [-1, 0, 0], [1, 2, 0]], dtype=torch.int32).reshape(1, 1, 3, 3)
-    out = shift_add(z, placements, (3, 3))[0, 0, 0]
-    assert out.isinf().sum(1).tolist() == [3, 0, 0]
-    assert not out.isnan().any()
+    for table in (placements, per_channel(placements, 2)):
+        for function in (shift_add, shift_add_reference):
+            out = function(z, table, (3, 3))
+            assert out.isinf().sum((0, 1, 2, 4)).tolist() == [6, 0, 0]
+            assert not out.isnan().any()
+        grad_z = shift_add_backward_reference(grad, table, 2, (3, 3))
+        assert grad_z.isinf().sum((0, 1, 4)).tolist() == [[6, 6, 6], [0, 0, 6]]
+        assert not grad_z.isnan().any()
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[6]], ids=str)
@@ -225,3 +234,19 @@ def test_the_reference_takes_over_without_numba(monkeypatch: pytest.MonkeyPatch)
     finally:
         operator_module._cpu_kernels.cache_clear()
     assert_same_bits(out, expected)
+
+
+def test_compiles_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    njit = numba.njit
+
+    def refuse_to_cache(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(numba, "njit", refuse_to_cache)
+
+    def double(x):
+        return 2 * x
+
+    assert shift_add_cpu._compile(double)(3) == 6
