@@ -5,15 +5,70 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .equivalence import assembly_index, grid_placements, lay_out, support
 from .forms import Placed
 from .geometry import BranchGeometry, Extent, Size
+from .masks import MaskedTiles
 
 
-class Branch(nn.Module):
-    """A bank of tiles, their placements, and optionally a bias and a BatchNorm that follow the shift.
+class PlacedTiles:
+    """What every branch is to the forms: where its tiles go, and what follows the shift.
+
+    Attributes:
+        geometry: the kernel that the tiles make.
+        bank: ``(C_out, T, n, n)``.
+        placements: ``(G, P, 3)`` int32, G = 1 or C_out; with a gain, edge e has the e-th of E equal shares of the rows.
+        index: the assembly index of each edge that has a gain of its own, :func:`edge_indices`; else of all rows.
+        bias: ``(C_out,)`` added before the BatchNorm, or None.
+        bn: a BatchNorm over C_out channels, or None.
+        gain: ``(E,)`` or ``(E, C_out)``, what each edge is multiplied with, or None.
+    """
+
+    geometry: BranchGeometry
+    bank: Tensor
+    placements: Tensor
+    index: Tensor
+    bias: Tensor | None
+    bn: nn.Module | None
+    gain: Tensor | None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the branch passes the map on as it is."""
+        raise NotImplementedError
+
+    @property
+    def folds(self) -> bool:
+        """Whether the branch is linear as it stands: no BatchNorm, or one that uses its running statistics."""
+        return self.bn is None or (not self.bn.training and getattr(self.bn, "running_mean", None) is not None)
+
+    def placed(self, origin: Size, *, fold: bool) -> list[Placed]:
+        """The branch as tensors, to be added up; ``fold`` multiplies the BatchNorm's scale in, in float32 at least."""
+        raise NotImplementedError
+
+    def _place(self, bank: Tensor, origin: Size, scale: Tensor | None) -> list[Placed]:
+        """One entry, or with a gain one for each edge; all of them hold the same bank."""
+        extent = Extent(self.geometry.kernel_size, origin, self.geometry.dilation)
+        gains = [None] if self.gain is None else [gain.reshape(-1) for gain in self.gain]
+        rows = self.placements.chunk(len(gains), dim=1)
+        return [
+            Placed(bank, table, index, extent, _product(scale, gain))
+            for table, index, gain in zip(rows, self.index, gains, strict=True)
+        ]
+
+    def folded_bias(self) -> Tensor | None:
+        """What the branch adds to every position, ``(C_out,)``: its bias through its BatchNorm; None for nothing."""
+        if self.bn is None:
+            return self.bias
+        scale, offset = batch_norm_affine(self.bn)
+        return offset if self.bias is None else offset + self.bias.to(scale.dtype) * scale
+
+
+class Branch(PlacedTiles, MaskedTiles, nn.Module):
+    """A bank of its own, placements, and optionally a bias and a BatchNorm that follow the shift.
 
     Args:
         geometry: the kernel that the tiles make.
@@ -21,6 +76,11 @@ class Branch(nn.Module):
         placements: ``(P, 3)`` or ``(C_out, P, 3)`` int32, rows ``(tile, dy, dx)``.
         bias: ``(C_out,)`` Parameter added before the BatchNorm, or None.
         bn: a BatchNorm over C_out channels, or None.
+        gain: ``(E,)`` or ``(E, C_out)`` Parameter, one factor for each of E equal shares of the rows (the edges), or
+            None for 1.
+
+    Raises:
+        ValueError: the rows cannot be shared out to the edges.
     """
 
     bank: Tensor
@@ -29,6 +89,7 @@ class Branch(nn.Module):
     support: Tensor | None
     bias: nn.Parameter | None
     bn: nn.Module | None
+    gain: nn.Parameter | None
 
     def __init__(
         self,
@@ -37,9 +98,14 @@ class Branch(nn.Module):
         placements: Tensor,
         bias: nn.Parameter | None = None,
         bn: nn.Module | None = None,
+        gain: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
+        rows = placements.shape[-2]
+        if gain is not None and rows % len(gain):
+            raise ValueError(f"Branch: {rows} rows of placements, expected a multiple of the {len(gain)} edges in gain")
         self.geometry = geometry
+        self.register_parameter("gain", gain)
         if isinstance(bank, nn.Parameter):
             self.bank = bank
         else:
@@ -47,13 +113,15 @@ class Branch(nn.Module):
         table = placements if placements.dim() == 3 else placements[None]
         self.register_buffer("placements", table.to(bank.device))
         self.register_parameter("bias", bias)
+        self.register_buffer("mask", None)
         self.bn = bn
         self._follow(table)
 
     def _follow(self, placements: Tensor) -> None:
         """Derives from the placements which taps add up where, and which lie inside the kernel."""
         _, tiles, tile, _ = self.bank.shape
-        index = assembly_index(placements, tiles, tile, self.geometry.kernel_size)
+        edges = 1 if self.gain is None else len(self.gain)
+        index = edge_indices(placements, edges, tiles, tile, self.geometry.kernel_size)
         inside = support(placements, tiles, tile, self.geometry.kernel_size)
         self.register_buffer("index", index.to(self.bank.device), persistent=False)
         # Tiles that reach beyond the kernel are filled with zeros, and stay zero whatever an optimizer does.
@@ -92,31 +160,64 @@ class Branch(nn.Module):
         bank, _ = lay_out(ones, tile)
         return cls(BranchGeometry((1, 1), (0, 0, 0, 0)), bank, grid_placements((1, 1), tile), None, bn)
 
+    def with_edges(self, edges: int, *, per_channel: bool = False, seed: int = 0) -> Branch:
+        """The same function with further edges: each places the tiles in a random order per channel, at gain 0.
+
+        Only for a laid-out branch. The gains, ``(1, 0, ..., 0)``, are a Parameter, so that the new edges can grow in
+        training (the paper, "Multi-edge feature shift and fusion"). Where the last tiles reach beyond the kernel, it
+        grows to hold them whole: elsewhere in the kernel their taps count.
+
+        Args:
+            edges: E, with the one that is there; at least 1.
+            per_channel: a gain for each channel, ``(E, C_out)``, instead of ``(E,)``.
+            seed: of the orders.
+
+        Returns:
+            A new branch with a bank of its own, and the BatchNorm and the bias of this one.
+
+        Raises:
+            ValueError: no edges, or a branch that is not laid out.
+            NotImplementedError: a kernel that would have to grow, with padding that depends on the map.
+        """
+        channels, tiles, n, _ = self.bank.shape
+        grid = grid_placements(self.geometry.kernel_size, n)  # (T, 3)
+        if edges < 1:
+            raise ValueError(f"Branch.with_edges: edges {edges}, expected at least 1")
+        if self.is_identity or self.gain is not None or not torch.equal(self.placements.cpu(), grid[None]):
+            raise ValueError("Branch.with_edges: the branch is not laid out; expected one of Branch.from_kernel(...)")
+        generator = torch.Generator().manual_seed(seed)
+        shuffled = torch.rand(edges - 1, channels, tiles, generator=generator, device="cpu").argsort(-1)
+        places = torch.cat([torch.arange(tiles, device="cpu").expand(1, channels, tiles), shuffled])  # (E, C, T)
+        rows = torch.cat([grid[:, :1].expand(*places.shape, 1), grid[places][..., 1:]], dim=-1)
+        shape = (edges, channels) if per_channel else (edges,)
+        gain = torch.zeros(shape, dtype=self.bank.dtype, device=self.bank.device)
+        gain[0] = 1
+        bank = self.bank.detach() if self.support is None else torch.where(self.support, self.bank.detach(), 0)
+        return Branch(
+            self.geometry.filled(n),
+            nn.Parameter(bank.clone(), requires_grad=self.bank.requires_grad),
+            rows.transpose(0, 1).flatten(1, 2).to(self.placements),
+            self.bias,
+            self.bn,
+            nn.Parameter(gain, requires_grad=self.bank.requires_grad),
+        )
+
+    @property
+    def tile_count(self) -> tuple[int, int]:
+        return self.bank.shape[0], self.bank.shape[1]
+
     @property
     def is_identity(self) -> bool:
         """Whether the branch passes the map on as it is (its bank is no parameter)."""
         return not isinstance(self.bank, nn.Parameter)
 
-    @property
-    def folds(self) -> bool:
-        """Whether the branch is linear as it stands: no BatchNorm, or one that uses its running statistics."""
-        return self.bn is None or (not self.bn.training and getattr(self.bn, "running_mean", None) is not None)
-
-    def placed(self, origin: Size, *, fold: bool) -> Placed:
+    def placed(self, origin: Size, *, fold: bool) -> list[Placed]:
         """The branch as tensors; ``fold`` multiplies the BatchNorm's scale into the tiles, in float32 at least."""
-        bank = self.bank if self.support is None else torch.where(self.support, self.bank, 0)
+        bank = self.masked(self.bank if self.support is None else torch.where(self.support, self.bank, 0))
         if fold and self.bn is not None:
-            scale, _ = _batch_norm_affine(self.bn)
+            scale, _ = batch_norm_affine(self.bn)
             bank = (bank.to(scale.dtype) * scale[:, None, None, None]).to(bank.dtype)
-        extent = Extent(self.geometry.kernel_size, origin, self.geometry.dilation)
-        return Placed(bank, self.placements, self.index, extent)
-
-    def folded_bias(self) -> Tensor | None:
-        """What the branch adds to every position, ``(C_out,)``: its bias through its BatchNorm; None for nothing."""
-        if self.bn is None:
-            return self.bias
-        scale, offset = _batch_norm_affine(self.bn)
-        return offset if self.bias is None else offset + self.bias.to(scale.dtype) * scale
+        return self._place(bank, origin, None)
 
     def extra_repr(self) -> str:
         channels, tiles, n, _ = self.bank.shape
@@ -125,7 +226,30 @@ class Branch(nn.Module):
         return f"{kh}x{kw} as {tiles} tiles {n}x{n}, {channels} channels, padding={self.geometry.padding}{dilation}"
 
 
-def _batch_norm_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
+def edge_indices(placements: Tensor, edges: int, tiles: int, tile: int, kernel_size: Size) -> Tensor:
+    """The assembly index of every edge: equal shares of the rows of ``placements``.
+
+    Args:
+        placements: ``(G, E * P, 3)``.
+        edges: E; 1 for all rows in one index.
+        tiles, tile, kernel_size: as in :func:`equivalence.assembly_index`.
+
+    Returns:
+        int64 ``(E, G, Q, kh * kw)``.
+    """
+    parts = [assembly_index(part, tiles, tile, kernel_size) for part in placements.chunk(edges, dim=-2)]
+    depth = max(part.shape[1] for part in parts)
+    none = tiles * tile * tile
+    return torch.stack([F.pad(part, (0, 0, 0, depth - part.shape[1]), value=none) for part in parts])
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a * b
+
+
+def batch_norm_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
     """Eval-mode BatchNorm as y = scale * x + offset, ``(C,)`` each, in float32 or float64."""
     mean, var = bn.running_mean, bn.running_var
     dtype = torch.promote_types(mean.dtype, torch.float32)  # type: ignore[union-attr, arg-type]

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 CONFIG_VERSION = 1
 """Version of the JSON form of :class:`SWConfig` and of ``sw_config.json``. Readers refuse a newer one."""
 
-Mode = Literal["laid_out"]
+Mode = Literal["laid_out", "shiftwise"]
 Form = Literal["auto", "shift", "assembled"]
 
 
@@ -18,14 +18,18 @@ class SWConfig:
 
     Args:
         mode: ``"laid_out"``: the exact rewriting of every large kernel as tiles and placements. The function of the
-            model is preserved in eval and in train mode.
+            model is preserved in eval and in train mode. ``"shiftwise"``: the paper's module
+            (:class:`shiftwise.SWConv2d`), one bank for both strips, brought as close to the original kernels as least
+            squares can; approximate by construction, to be fine-tuned.
         min_kernel: a depthwise convolution is large when its longer side has at least this many taps.
-        tile: side n of the square tiles; ``None`` picks the side per layer (:func:`equivalence.choose_tile`).
-            The paper's laid-out experiment uses 5, its final models 3.
+        tile: side n of the square tiles; ``None`` picks the side per layer (:func:`equivalence.choose_tile`) in mode
+            ``"laid_out"``, and 3 in mode ``"shiftwise"``. The paper's laid-out experiment uses 5, its final models 3.
         form: how the modules run, see :mod:`sw_transplant.forms`. ``"shift"`` is the paper's operator: small
             convolutions, then shift and add. ``"assembled"`` shifts the weights instead of the features: one depthwise
             convolution, no extra memory. ``"auto"`` chooses. All give the same function; it can be changed
             at any time through ``ShiftwiseConv2d.form``.
+        edges, paths, ghost, seed: of mode ``"shiftwise"`` only: the paper's E = 4 orders of the tiles, its 2 parallel
+            banks, its fraction 0.23 of channels that bypass the module, and the seed of everything that is drawn.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -35,14 +39,23 @@ class SWConfig:
     min_kernel: int = 7
     tile: int | None = None
     form: Form = "auto"
+    edges: int = 4
+    paths: int = 2
+    ghost: float = 0.23
+    seed: int = 123
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f"SWConfig.mode: got {self.mode!r}, expected one of {get_args(Mode)}")
         if self.form not in get_args(Form):
             raise ValueError(f"SWConfig.form: got {self.form!r}, expected one of {get_args(Form)}")
-        if not _is_count(self.min_kernel):
-            raise ValueError(f"SWConfig.min_kernel: got {self.min_kernel!r}, expected an integer of at least 1")
+        for name in ("min_kernel", "edges", "paths"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"SWConfig.{name}: got {getattr(self, name)!r}, expected an integer of at least 1")
+        if not isinstance(self.ghost, float | int) or not 0 <= self.ghost < 1:
+            raise ValueError(f"SWConfig.ghost: got {self.ghost!r}, expected a fraction from 0 to below 1")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"SWConfig.seed: got {self.seed!r}, expected an integer from 0 to below 2**32")
         if self.tile is not None and not _is_count(self.tile):
             raise ValueError(f"SWConfig.tile: got {self.tile!r}, expected None or an integer of at least 1")
 

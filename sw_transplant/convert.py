@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from .approximate import build_shared
 from .branch import Branch
 from .config import SWConfig
 from .find import Select, inspect_model
@@ -17,12 +18,17 @@ from .modules import ShiftwiseConv2d
 def convert(
     model: nn.Module, config: SWConfig | None = None, *, select: Select = None, inplace: bool = False
 ) -> nn.Module:
-    """Rewrites the large depthwise convolutions of a model into Shiftwise modules, with the same function.
+    """Rewrites the large depthwise convolutions of a model into Shiftwise modules.
 
-    Every large depthwise convolution becomes a :class:`ShiftwiseConv2d` that is laid out from its weights (exact, see
-    :mod:`sw_transplant.equivalence`); a module whose forward is a sum of parallel ones becomes one, each convolution
-    keeping its BatchNorm. The rest of the model stays what it is: class, forward, hooks, names and state of the other
-    layers. Layers that are Shiftwise already are left alone. Create the optimizer after the conversion.
+    In mode ``"laid_out"`` the function stays the same. Every large depthwise convolution becomes a
+    :class:`ShiftwiseConv2d` that is laid out from its weights (exact, see :mod:`sw_transplant.equivalence`); a module
+    whose forward is a sum of parallel ones becomes one, each convolution keeping its BatchNorm. The rest of the model
+    stays what it is: class, forward, hooks, names and state of the other layers. Layers that are Shiftwise already are
+    left alone. Create the optimizer after the conversion.
+
+    In mode ``"shiftwise"`` each of these places gets the paper's module instead (:class:`shiftwise.SWConv2d`), as close
+    to the original kernels as least squares can bring it. That changes the function: :func:`summary` tells which share
+    of the kernels' energy is kept; fine-tune the model.
 
     Args:
         model: any module; call :func:`inspect_model` to see what will be converted, and what not and why.
@@ -52,7 +58,7 @@ def convert(
     if not inspection.matches and not inspection.converted:
         raise NoLargeKernelError(_nothing_found(inspection, config))
     target = model if inplace else _copy(model)
-    built = [(match, build(find_site(target, match.path), match, form=config.form)) for match in inspection.matches]
+    built = [(match, _build_for(find_site(target, match.path), match, config)) for match in inspection.matches]
     return put(target, built)
 
 
@@ -85,6 +91,11 @@ def put(model: nn.Module, built: Sequence[tuple[Match, ShiftwiseConv2d]]) -> nn.
             parent._modules[name] = original
         raise
     return model
+
+
+def _build_for(site: nn.Module, match: Match, config: SWConfig) -> ShiftwiseConv2d:
+    laid_out = build(site, match, form=config.form)
+    return build_shared(laid_out, match, config) if config.mode == "shiftwise" else laid_out
 
 
 def build(site: nn.Module, match: Match, *, form: str) -> ShiftwiseConv2d:

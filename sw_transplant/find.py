@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .accept import conv_geometry, interference, is_depthwise, kernel_of, looks_like_conv, reason_against
+from .approximate import shared_parameters
 from .config import SWConfig
 from .equivalence import choose_tile
 from .geometry import Size
@@ -79,9 +80,16 @@ class _Search:
                 self._consider_conv(module)
             elif not isinstance(module, ParametrizationList):  # reported with the layer that it belongs to
                 self._consider_functional(module)
-        matches = tuple(self._match(site, branches) for site, branches in self.sites.items())
-        skipped = tuple(entry for module, entry in self.left if module not in self.claimed)
-        return Inspection(matches, skipped, tuple(converted))
+        matches = [self._match(site, branches) for site, branches in self.sites.items()]
+        skipped = [entry for module, entry in self.left if module not in self.claimed]
+        if self.config.mode == "shiftwise":
+            reasons = {match: reason_against_sharing(match) for match in matches}
+            matches = [match for match, reason in reasons.items() if reason is None]
+            for match, reason in reasons.items():
+                if reason is not None:
+                    kernel = max(branch.geometry.kernel_size for branch in match.branches)
+                    skipped.append(Skipped(match.path, match.type_name, kernel, reason))
+        return Inspection(tuple(matches), tuple(skipped), tuple(converted))
 
     # ---- candidates ----
 
@@ -221,6 +229,9 @@ class _Search:
             for b in sources
             if b.weight is not None
         )
+        after = before + out_channels * (taps_after - taps_before)
+        if self.config.mode == "shiftwise":
+            after = shared_parameters(out_channels, max(largest), self.config)
         return Match(
             path=self.modules[site],
             aliases=tuple(path for _, path in self.places[site] if path != self.modules[site]),
@@ -230,8 +241,23 @@ class _Search:
             stride=_stride(convolutions),
             branches=sources,
             parameters_before=before,
-            parameters_after=before + out_channels * (taps_after - taps_before),
+            parameters_after=after,
         )
+
+
+def reason_against_sharing(match: Match) -> str | None:
+    """Why, in mode ``"shiftwise"``, the paper's module cannot take the place of this layer; None if it can."""
+    if match.in_channels != match.out_channels:
+        return f"mode 'shiftwise' keeps the number of channels; here it is {match.in_channels} -> {match.out_channels}"
+    for branch in match.branches:
+        geometry = branch.geometry
+        centred = geometry.padding != "same" and all(
+            geometry.padding[2 * axis] == geometry.dilation[axis] * (geometry.kernel_size[axis] // 2)
+            for axis in range(2)
+        )
+        if not centred or geometry.growth != (0, 0):
+            return "mode 'shiftwise' keeps the size of the map; here kernel or padding are even, uneven or missing"
+    return None
 
 
 def _stride(convolutions: list[LinearBranch]) -> Size:

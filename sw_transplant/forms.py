@@ -5,7 +5,7 @@ depends on parameters only and can be cached in eval); ``execute`` applies a pla
 the two steps, enter it in ``FORMS`` and teach :func:`choose_form` when to take it.
 
     form        prepare                                             execute
-    shift       concatenates banks of equal tile and dilation       small convolutions, then shift and add (the paper)
+    shift       concatenates distinct banks of equal tile, dilation small convolutions, then shift and add (the paper)
     assembled   puts the tiles at their placements: large kernels   depthwise convolution with these kernels
 """
 
@@ -35,12 +35,15 @@ class Placed:
         placements: ``(G, P, 3)`` int32, rows ``(tile, dy, dx)`` in taps from the kernel's first one.
         index: the assembly index of these placements (:func:`equivalence.assembly_index`).
         extent: taps, padding before the map, dilation.
+        scale: ``(C_out,)`` or ``(1,)``, what the branch's output is multiplied with; None for 1. Branches that place
+            the same bank (the same tensor object) keep it apart from the bank, so that its responses serve them all.
     """
 
     bank: Tensor
     placements: Tensor
     index: Tensor
     extent: Extent
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,24 +75,40 @@ class _TileGroup(NamedTuple):
     tiles: int  # T
     table: Tensor  # (K, G, P, 3) int32, offsets into the responses
     outputs: list[int]  # which output entry k of the table adds to
+    scales: list[Tensor | None]  # what entry k of the table is multiplied with before that
     dilation: Size
 
 
 def prepare_shift(outputs: Outputs) -> list[_TileGroup]:
-    """Groups banks of equal tile and dilation, so that one convolution and one shift serve all their branches."""
+    """Groups banks of equal tile and dilation, so that one convolution and one shift serve all their branches.
+
+    A bank that several branches place is convolved once. Branches of one output share an entry of the shift unless
+    their scales differ.
+    """
     members: dict[tuple[int, Size], list[tuple[int, Placed]]] = {}
     for k, branches in enumerate(outputs):
         for branch in branches:
             members.setdefault((branch.bank.shape[2], branch.extent.dilation), []).append((k, branch))
     groups = []
     for (tile, dilation), placed in members.items():
-        weight = torch.cat([branch.bank for _, branch in placed], dim=1).reshape(-1, 1, tile, tile)
-        tables: dict[int, list[Tensor]] = {}
-        first = 0
+        banks: list[Tensor] = []
+        entries: list[tuple[int, Tensor | None, list[Tensor]]] = []
         for k, branch in placed:
-            tables.setdefault(k, []).append(_response_offsets(branch, first))
-            first += branch.bank.shape[1]
-        groups.append(_TileGroup(weight, first, _stack_tables(list(tables.values())), list(tables), dilation))
+            if not any(bank is branch.bank for bank in banks):
+                banks.append(branch.bank)
+            which = next(i for i, bank in enumerate(banks) if bank is branch.bank)
+            offsets = _response_offsets(branch, sum(bank.shape[1] for bank in banks[:which]))
+            for entry, scale, tables in entries:
+                if entry == k and scale is branch.scale:
+                    tables.append(offsets)
+                    break
+            else:
+                entries.append((k, branch.scale, [offsets]))
+        weight = (banks[0] if len(banks) == 1 else torch.cat(banks, dim=1)).reshape(-1, 1, tile, tile)
+        table = _stack_tables([tables for _, _, tables in entries])
+        tiles = sum(bank.shape[1] for bank in banks)
+        ks, scales = [k for k, _, _ in entries], [scale for _, scale, _ in entries]
+        groups.append(_TileGroup(weight, tiles, table, ks, scales, dilation))
     return groups
 
 
@@ -122,7 +141,9 @@ def execute_shift(x: Tensor, plan: list[_TileGroup], biases: Biases, geometry: G
         z = F.conv2d(x, group.weight, None, 1, (dh * (n - 1), dw * (n - 1)), group.dilation, x.shape[1])
         z = z.unflatten(1, (-1, group.tiles))  # (B, C_out, T, Hz, Wz)
         shifted = shift_add(z, group.table, geometry.out_size, geometry.stride)
-        for k, y in zip(group.outputs, shifted.unbind(0), strict=True):
+        for k, scale, y in zip(group.outputs, group.scales, shifted.unbind(0), strict=True):
+            if scale is not None:
+                y = y * scale.to(y.dtype)[:, None, None]
             results[k] = results[k] + y if k in results else y
     return [
         y if bias is None else y + bias[:, None, None]
@@ -139,8 +160,11 @@ def prepare_assembled(outputs: Outputs) -> list[list[DenseKernel]]:
 
 
 def dense_kernel(branch: Placed) -> DenseKernel:
-    """The kernel that a placed branch makes."""
-    return DenseKernel(gather_kernel(branch.bank, branch.index, branch.extent.kernel_size), branch.extent)
+    """The kernel that a placed branch makes; its scale is multiplied in float32 at least."""
+    weight = gather_kernel(branch.bank, branch.index, branch.extent.kernel_size)
+    if branch.scale is not None:
+        weight = (weight * branch.scale[:, None, None, None]).to(weight.dtype)
+    return DenseKernel(weight, branch.extent)
 
 
 def join_kernels(kernels: Sequence[DenseKernel]) -> list[DenseKernel]:
@@ -163,10 +187,10 @@ def join_kernels(kernels: Sequence[DenseKernel]) -> list[DenseKernel]:
 def add_kernels(a: DenseKernel, b: DenseKernel) -> DenseKernel:
     """The one kernel whose response is the sum of both. Exact but for the rounding of taps that meet."""
     outer = enclose(a.extent, b.extent)
-    return DenseKernel(_embed(a, outer) + _embed(b, outer), outer)
+    return DenseKernel(embed(a, outer) + embed(b, outer), outer)
 
 
-def _embed(kernel: DenseKernel, outer: Extent) -> Tensor:
+def embed(kernel: DenseKernel, outer: Extent) -> Tensor:
     """The kernel's taps on the lattice of an enclosing extent, zeros elsewhere."""
     weight, inner = kernel.weight, kernel.extent
     for axis in range(2):

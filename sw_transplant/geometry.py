@@ -48,6 +48,24 @@ class BranchGeometry:
         top, bottom, left, right = self.padding
         return top + bottom - self.reach[0], left + right - self.reach[1]
 
+    def filled(self, tile: int) -> BranchGeometry:
+        """The kernel with rows and columns added at its end until tiles of this side fill it; the same outputs.
+
+        Raises:
+            NotImplementedError: there is something to add, and the padding depends on the map.
+        """
+        size = tuple(-(-taps // tile) * tile for taps in self.kernel_size)
+        if size == self.kernel_size:
+            return self
+        if self.padding == "same":
+            raise NotImplementedError(
+                f"BranchGeometry: padding 'same' with a kernel {self.kernel_size} that tiles of {tile} do not fill is "
+                "not supported; give the padding as four numbers, or choose a tile that divides the kernel"
+            )
+        (kh, kw), (dh, dw), (top, bottom, left, right) = self.kernel_size, self.dilation, self.padding
+        padding = (top, bottom + dh * (size[0] - kh), left, right + dw * (size[1] - kw))
+        return BranchGeometry((size[0], size[1]), padding, self.dilation)
+
     def resolve(self, size: Size, stride: Size) -> tuple[int, int, int, int]:
         """The padding ``(top, bottom, left, right)`` for a map of this size."""
         if self.padding != "same":

@@ -7,12 +7,15 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from .approximate import SharedSpec
 from .config import CONFIG_VERSION
 from .convert import build, find_site, put
+from .masks import MaskedTiles
 from .match import Match
 from .modules import ShiftwiseConv2d
 
@@ -70,11 +73,33 @@ def load(base_model: nn.Module, folder: str | os.PathLike[str], *, inplace: bool
         if name in weights:
             weights[alias] = weights[name]
     target = base_model if inplace else copy.deepcopy(base_model)
-    built = [(match, build(find_site(target, match.path), match, form=form)) for match, form in layers]
+    built = [(layer.match, _rebuild(find_site(target, layer.match.path), layer, weights)) for layer in layers]
     _check(_state_after(target, built), weights, source / WEIGHTS_NAME)
     model = put(target, built)
     model.load_state_dict(weights, strict=True, assign=any(tensor.is_meta for tensor in model.state_dict().values()))
     return model
+
+
+class _Layer(NamedTuple):
+    """One entry of ``sw_config.json``: what was replaced, by which execution form, and in mode shiftwise by what."""
+
+    match: Match
+    form: str
+    shared: SharedSpec | None
+
+
+def _rebuild(site: nn.Module, layer: _Layer, weights: dict[str, Tensor]) -> ShiftwiseConv2d:
+    """The module of a layer, its weights still those of the site, or random."""
+    module = build(site, layer.match, form=layer.form)
+    if layer.shared is not None:
+        like = next(site.parameters())
+        module = layer.shared.build(layer.match, form=layer.form, device=like.device, dtype=like.dtype).train(
+            site.training
+        )
+    for name, part in module.named_modules():
+        if isinstance(part, MaskedTiles) and f"{_join(layer.match.path, name)}.mask" in weights:
+            part.set_mask(torch.ones(part.tile_count, dtype=torch.bool))
+    return module
 
 
 def _layer(path: str, module: ShiftwiseConv2d, model: nn.Module) -> dict[str, Any]:
@@ -85,7 +110,12 @@ def _layer(path: str, module: ShiftwiseConv2d, model: nn.Module) -> dict[str, An
         )
     places = tuple(place for place, other in model.named_modules(remove_duplicate=False) if other is module)
     match = replace(module.match, path=path, aliases=tuple(place for place in places if place != path))
-    return {"form": module.form, **match.to_dict()}
+    shared = None if module.spec is None else module.spec.to_dict()
+    return {"form": module.form, "shared": shared, **match.to_dict()}
+
+
+def _join(path: str, name: str) -> str:
+    return ".".join(part for part in (path, name) if part)
 
 
 def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -116,7 +146,7 @@ def _write(path: Path, write: Any) -> None:
     temporary.replace(path)
 
 
-def _read_description(path: Path) -> tuple[list[tuple[Match, str]], dict[str, str]]:
+def _read_description(path: Path) -> tuple[list[_Layer], dict[str, str]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file, expected the folder that save(model, folder) wrote")
     try:
@@ -131,10 +161,12 @@ def _read_description(path: Path) -> tuple[list[tuple[Match, str]], dict[str, st
     try:
         layers = [dict(layer) for layer in description["layers"]]
         forms = [layer.pop("form") for layer in layers]
+        specs = [layer.pop("shared") for layer in layers]
         shared = dict(description["shared"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged, or not written by save(model, folder) ({error!r})") from error
-    return [(Match.from_dict(layer), form) for layer, form in zip(layers, forms, strict=True)], shared
+    built_of = [None if spec is None else SharedSpec.from_dict(spec) for spec in specs]
+    return [_Layer(Match.from_dict(layer), *rest) for layer, *rest in zip(layers, forms, built_of, strict=True)], shared
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

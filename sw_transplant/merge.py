@@ -56,6 +56,19 @@ class ParallelConv2d(nn.ModuleList):
         return y
 
 
+class ChannelOrder(nn.Module):
+    """Channel k of the output is channel ``order[k]`` of the input: ``(B, C, H, W)`` to the same."""
+
+    order: Tensor
+
+    def __init__(self, order: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("order", order.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.order)
+
+
 class SameConv2d(nn.Conv2d):
     """nn.Conv2d whose output has ceil(size / stride) rows and columns; the odd zero of padding comes after the map."""
 
@@ -71,6 +84,8 @@ def _plain(module: ShiftwiseConv2d) -> nn.Module:
     kernels, bias = module.kernels()
     parts = [_convolution(module, kernel, bias if i == 0 else None) for i, kernel in enumerate(kernels)]
     plain = parts[0] if len(parts) == 1 else ParallelConv2d(parts)
+    if module.channel_order is not None:
+        plain = nn.Sequential(ChannelOrder(module.channel_order), plain)
     plain.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
     return plain.train(module.training)
 

@@ -11,7 +11,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .branch import Branch
+from .branch import Branch, PlacedTiles
 from .forms import FORMS, Biases, DenseKernel, Geometry, add_kernels, choose_form, dense_kernel, join_kernels
 from .geometry import BranchGeometry, Extent, Padding, Size, enclose
 
@@ -42,6 +42,8 @@ class ShiftwiseConv2d(nn.Module):
         ValueError: branches that do not fit together, an unknown form, an input of the wrong shape.
     """
 
+    spec: Any = None
+    """How the paper's module was made (:class:`approximate.SharedSpec`), where this is one that ``convert`` put in."""
     padding_mode = "zeros"
     transposed = False
     output_padding = (0, 0)
@@ -57,26 +59,30 @@ class ShiftwiseConv2d(nn.Module):
         match: Any = None,
     ) -> None:
         super().__init__()
-        if in_channels < 1 or out_channels < 1 or out_channels % in_channels:
-            raise ValueError(
-                f"ShiftwiseConv2d: out_channels {out_channels}, expected a multiple of in_channels {in_channels}"
-            )
         if not branches:
             raise ValueError("ShiftwiseConv2d: no branches, expected at least one")
-        if len(stride) != 2 or min(stride) < 1:
-            raise ValueError(f"ShiftwiseConv2d: stride {stride}, expected two integers of at least 1")
         for i, branch in enumerate(branches):
             if branch.bank.shape[0] != out_channels:
                 raise ValueError(
                     f"ShiftwiseConv2d: bank of branch {i} has {branch.bank.shape[0]} channels, expected {out_channels}"
                 )
+        self._set_up(in_channels, out_channels, stride, form, match)
+        self.branches = nn.ModuleList(branches)
+        self._check_sizes()
+
+    def _set_up(self, in_channels: int, out_channels: int, stride: Size, form: str, match: Any) -> None:
+        """Everything but the branches."""
+        if in_channels < 1 or out_channels < 1 or out_channels % in_channels:
+            raise ValueError(
+                f"ShiftwiseConv2d: out_channels {out_channels}, expected a multiple of in_channels {in_channels}"
+            )
+        if len(stride) != 2 or min(stride) < 1:
+            raise ValueError(f"ShiftwiseConv2d: stride {stride}, expected two integers of at least 1")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, in_channels
         self.stride: Size = (stride[0], stride[1])
-        self.branches = nn.ModuleList(branches)
         self.form = form
         self.match = match
         self._cache: tuple[Any, Any, Any] | None = None
-        self._check_sizes()
 
     def _check_sizes(self) -> None:
         """Refuses branches whose outputs would differ in size: here, not at the first call."""
@@ -89,7 +95,7 @@ class ShiftwiseConv2d(nn.Module):
                 "expected paddings that match their kernels"
             )
 
-    def _branches(self) -> list[Branch]:
+    def _branches(self) -> Sequence[PlacedTiles]:
         return list(self.branches)  # type: ignore[arg-type]
 
     # ---- what nn.Conv2d exposes ----
@@ -109,7 +115,7 @@ class ShiftwiseConv2d(nn.Module):
         """The one kernel that has every tap of every branch."""
         return reduce(enclose, [self._extent(branch, (1, 1)) for branch in self._branches()])
 
-    def _extent(self, branch: Branch, size: Size) -> Extent:
+    def _extent(self, branch: PlacedTiles, size: Size) -> Extent:
         top, _, left, _ = branch.geometry.resolve(size, self.stride)
         return Extent(branch.geometry.kernel_size, (top, left), branch.geometry.dilation)
 
@@ -151,7 +157,11 @@ class ShiftwiseConv2d(nn.Module):
         return _total([branch.folded_bias() for branch in self._branches()], self._branches()[0].bank.dtype)
 
     def _dense(self) -> list[DenseKernel]:
-        return [dense_kernel(b.placed(self._extent(b, (1, 1)).origin, fold=True)) for b in self._branches()]
+        return [
+            dense_kernel(placed)
+            for branch in self._branches()
+            for placed in branch.placed(self._extent(branch, (1, 1)).origin, fold=True)
+        ]
 
     # ---- running ----
 
@@ -165,15 +175,18 @@ class ShiftwiseConv2d(nn.Module):
         if x.dim() == 3:
             return self.forward(x[None])[0]
         self._check_input(x)
+        return self._run(x).contiguous(memory_format=_memory_format(x))
+
+    def _run(self, x: Tensor) -> Tensor:
+        """The branches on a map ``(B, C, H, W)`` that fits them."""
         size = (x.shape[2], x.shape[3])
         form = choose_form(self.form)
-        linear = [branch for branch in self._branches() if branch.folds]
-        normalised = [branch for branch in self._branches() if not branch.folds]
-        plan, biases = self._plan(form, linear, normalised, size)
+        branches = sorted(self._branches(), key=lambda branch: not branch.folds)
+        plan, biases = self._plan(form, branches, size)
         maps = FORMS[form].execute(x, plan, biases, Geometry(self.out_size(size), self.stride))
+        normalised = [branch.bn for branch in branches if not branch.folds]
         first = len(maps) - len(normalised)
-        y = reduce(add, maps[:first] + [branch.bn(m) for branch, m in zip(normalised, maps[first:], strict=True)])  # type: ignore[misc]
-        return y.contiguous(memory_format=_memory_format(x))
+        return reduce(add, maps[:first] + [bn(m) for bn, m in zip(normalised, maps[first:], strict=True)])  # type: ignore[misc]
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
@@ -187,14 +200,17 @@ class ShiftwiseConv2d(nn.Module):
                 f"kernel {self.kernel_size}; expected a map that gives at least one output"
             )
 
-    def _plan(self, form: str, linear: list[Branch], normalised: list[Branch], size: Size) -> tuple[Any, Biases]:
+    def _plan(self, form: str, branches: Sequence[PlacedTiles], size: Size) -> tuple[Any, Biases]:
         """The tensors that run: the sum of all linear branches, then each branch that batch statistics normalise."""
-        origins = {branch: self._extent(branch, size).origin for branch in self._branches()}
-        key = None if normalised or torch.compiler.is_compiling() else self._cache_key(form, tuple(origins.values()))
+        origins = tuple(self._extent(branch, size).origin for branch in branches)
+        linear = [branch for branch in branches if branch.folds]  # these come first
+        normalised = branches[len(linear) :]
+        key = None if normalised or torch.compiler.is_compiling() else self._cache_key(form, origins)
         if key is not None and self._cache is not None and self._cache[0] == key:
             return self._cache[1]
-        outputs = [[branch.placed(origins[branch], fold=True) for branch in linear]] if linear else []
-        outputs += [[branch.placed(origins[branch], fold=False)] for branch in normalised]
+        parts = [branch.placed(at, fold=branch.folds) for branch, at in zip(branches, origins, strict=True)]
+        outputs = [reduce(add, parts[: len(linear)])] if linear else []
+        outputs += parts[len(linear) :]
         biases: list[Tensor | None] = [branch.bias for branch in normalised]
         if linear:
             biases.insert(0, _total([branch.folded_bias() for branch in linear], linear[0].bank.dtype))
@@ -208,7 +224,7 @@ class ShiftwiseConv2d(nn.Module):
         return [*self.parameters(), *self.buffers()]
 
     def _cache_key(self, form: str, origins: tuple[Size, ...]) -> Any:
-        """What the cached plan depends on; None where it must not be cached: gradients flow, or changes go uncounted."""
+        """What the cached plan depends on; None where it must not be cached: gradients flow, changes go uncounted."""
         tensors = self._tensors()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return None
@@ -234,6 +250,11 @@ class ShiftwiseConv2d(nn.Module):
         return {**self.__dict__, "_cache": None}
 
     # ---- back to plain convolutions ----
+
+    @property
+    def channel_order(self) -> Tensor | None:
+        """Which input channel the k-th channel of :meth:`kernels` reads, ``(C_in,)``; None for the k-th itself."""
+        return None
 
     def kernels(self) -> tuple[list[DenseKernel], Tensor | None]:
         """The plain convolutions that this module equals in eval: as few kernels as add no work, and one bias.

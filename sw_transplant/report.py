@@ -22,7 +22,8 @@ def summary(model: nn.Module, config: SWConfig | None = None, *, select: Select 
         config, select: as for :func:`convert`.
 
     Returns:
-        Text. For Shiftwise layers: kernels, tiles, parameters, and the form that runs (:mod:`sw_transplant.forms`).
+        Text. For Shiftwise layers: kernels, tiles, parameters, which share of the original kernels' energy they keep (all
+        of it in mode ``"laid_out"``), and the form that runs (:mod:`sw_transplant.forms`).
     """
     parts = []
     if any(isinstance(module, ShiftwiseConv2d) for module in model.modules()):
@@ -51,12 +52,15 @@ def _shiftwise_table(model: nn.Module) -> str:
                 str(module.out_channels),
                 " + ".join(_tiles(branch) for branch in branches),
                 f"{parameters:,}",
+                "all" if module.spec is None else f"{module.spec.energy_kept:.1%}",
                 form,
             ]
         )
-    rows.append([f"{len(rows)} layers", "", "", "", "", f"{total:,}", ""])
+    rows.append([f"{len(rows)} layers", "", "", "", "", f"{total:,}", "", ""])
     return render_table(
-        "Shiftwise layers", ["layer", "kernels", "stride", "channels", "tiles", "parameters", "form"], rows
+        "Shiftwise layers",
+        ["layer", "kernels", "stride", "channels", "tiles", "parameters", "energy kept", "form"],
+        rows,
     )
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 _LARGEST_PROBLEM = 2**25
 """Numbers in the stacked matrices of one solve (256 MB in float64): channels are solved in groups of this size."""
 
+_SMALLEST_PIVOT = 1e-4
+"""Of a Cholesky factor, relative to the largest: below it the normal equations have lost half of float64's digits."""
+
 
 def share(target: Tensor, assemble: Callable[[Tensor], Tensor], tiles: int, tile: int) -> tuple[Tensor, Tensor]:
     """The bank that brings an assembly closest to the target kernels, per channel, in the sense of least squares.
@@ -46,16 +49,25 @@ def share(target: Tensor, assemble: Callable[[Tensor], Tensor], tiles: int, tile
     matrix = torch.stack(columns, dim=2)  # (C, places, T * n * n)
     right = wanted[:, reached, None]
     step = max(1, _LARGEST_PROBLEM // max(1, matrix[0].numel()))
-    # gelsd copes with taps that reach no place (rank deficiency), and runs on the CPU.
-    solved = [
-        torch.linalg.lstsq(m, r, driver="gelsd").solution
-        for m, r in zip(matrix.split(step), right.split(step), strict=True)
-    ]
-    bank = torch.cat(solved)  # (C, T * n * n, 1)
+    bank = torch.cat([_solve(m, r) for m, r in zip(matrix.split(step), right.split(step), strict=True)])
     missed = (matrix @ bank - right).square().sum((1, 2)) + wanted[:, ~reached].square().sum(1)
     energy = wanted.square().sum(1)
     kept = torch.where(energy > 0, 1 - missed / energy.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
     return bank.reshape(channels, tiles, tile, tile).to(target), kept
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Least squares for a batch of matrices: by Cholesky factors, and by SVD where these find a rank deficiency."""
+    transposed = matrix.mT
+    factor, failed = torch.linalg.cholesky_ex(transposed @ matrix)
+    pivots = factor.diagonal(dim1=1, dim2=2)
+    deficient = (failed != 0) | (pivots.amin(1) < _SMALLEST_PIVOT * pivots.amax(1))
+    solution = torch.cholesky_solve(transposed @ right, factor)
+    # One step of refinement regains what squaring the condition number has cost.
+    solution += torch.cholesky_solve(transposed @ (right - matrix @ solution), factor)
+    if bool(deficient.any()):
+        solution[deficient] = torch.linalg.lstsq(matrix[deficient], right[deficient], driver="gelsd").solution
+    return solution
 
 
 def _flat(kernel: Tensor, target: Tensor) -> Tensor:

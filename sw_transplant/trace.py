@@ -93,11 +93,8 @@ def _step(root: nn.Module, node: torch.fx.Node, values: dict[torch.fx.Node, Any]
         return ("attribute", node.target)
     if node.op == "call_module" and len(operands) == 1 and not node.kwargs:
         return _call_module(str(node.target), root.get_submodule(str(node.target)), operands[0])
-    added = (
-        (node.op == "call_function"
-        and node.target in _ADDITIONS)
-        or (node.op == "call_method"
-        and node.target in ("add", "add_"))
+    added = (node.op == "call_function" and node.target in _ADDITIONS) or (
+        node.op == "call_method" and node.target in ("add", "add_")
     )
     if added and len(operands) == 2 and not node.kwargs:
         return _add(*operands)

@@ -35,7 +35,7 @@ class Case:
         sizes: the two image sizes to compare at.
         keyword: how the model takes its images; None for the first positional argument.
         channels: of the images.
-        doubled: compared in float64: so deep with random weights that it amplifies the rounding of float32 past the bound.
+        doubled: compared in float64: with random weights it amplifies the rounding of float32 past the bound.
     """
 
     name: str
@@ -66,13 +66,20 @@ class Case:
 
 
 def _timm(
-    architecture: str, layers: Mapping[int, int], sizes: tuple[int, int] = (160, 192), *, doubled: bool = False, **kw: Any
+    architecture: str,
+    layers: Mapping[int, int],
+    sizes: tuple[int, int] = (160, 192),
+    *,
+    doubled: bool = False,
+    **kw: Any,
 ) -> Case:
     name = " ".join(["timm", architecture, *(f"{key}={value}" for key, value in kw.items())])
     return Case(name, lambda: timm.create_model(architecture, **kw), layers, sizes, doubled=doubled)
 
 
-def _hf(name: str, build: Callable[[], nn.Module], layers: Mapping[int, int], sizes: tuple[int, int], **kw: Any) -> Case:
+def _hf(
+    name: str, build: Callable[[], nn.Module], layers: Mapping[int, int], sizes: tuple[int, int], **kw: Any
+) -> Case:
     return Case(f"hf {name}", build, layers, sizes, keyword="pixel_values", **kw)
 
 
@@ -88,9 +95,7 @@ def _focalnet() -> nn.Module:
 
 def _upernet() -> nn.Module:
     backbone = hf.ConvNextConfig(out_features=_STAGES, **_SMALL)
-    config = hf.UperNetConfig(
-        backbone_config=backbone, hidden_size=32, auxiliary_in_channels=96, auxiliary_channels=32
-    )
+    config = hf.UperNetConfig(backbone_config=backbone, hidden_size=32, auxiliary_in_channels=96, auxiliary_channels=32)
     return hf.UperNetForSemanticSegmentation(config)
 
 
@@ -99,9 +104,7 @@ def _timm_wrapper() -> nn.Module:
 
 
 def _efficientnet() -> nn.Module:
-    config = hf.EfficientNetConfig(
-        image_size=224, width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280
-    )
+    config = hf.EfficientNetConfig(image_size=224, width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280)
     return hf.EfficientNetForImageClassification(config)
 
 
@@ -142,16 +145,12 @@ CASES = (
         {7: 5},
         (160, 192),
     ),
-    _hf(
-        "DINOv3ConvNextModel", lambda: hf.DINOv3ConvNextModel(hf.DINOv3ConvNextConfig(**_SMALL)), {7: 5}, (160, 192)
-    ),
+    _hf("DINOv3ConvNextModel", lambda: hf.DINOv3ConvNextModel(hf.DINOv3ConvNextConfig(**_SMALL)), {7: 5}, (160, 192)),
     _hf("FocalNetForImageClassification", _focalnet, {7: 10, 5: 15}, (224, 192)),
     _hf("UperNet with ConvNeXt", _upernet, {7: 5}, (224, 256)),
     _hf("TimmWrapper convnext_atto", _timm_wrapper, {7: 12}, (160, 192)),
     _hf("EfficientNet b0", _efficientnet, {7: 0, 5: 9}, (224, 192)),
-    Case(
-        "hf Sam2VideoMemoryFuser", lambda: Sam2VideoMemoryFuser(Sam2VideoConfig()), {7: 2}, (32, 40), channels=256
-    ),
+    Case("hf Sam2VideoMemoryFuser", lambda: Sam2VideoMemoryFuser(Sam2VideoConfig()), {7: 2}, (32, 40), channels=256),
     Case("SLaK", lambda: SLaK(kernel_size=(51, 49, 47, 13, 5), drop_path_rate=0.1, **_PYRAMID), {7: 5}, (96, 128)),
     Case("RepLKNet", _replknet, {7: 5}, (96, 128)),
     Case("UniRepLKNet", lambda: UniRepLKNet(kernel_sizes=((3,), (13,), (13, 3), (13,)), **_PYRAMID), {7: 3}, (96, 128)),
@@ -177,6 +176,27 @@ def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
     return model
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Tensor, seed: int = 2) -> nn.Module:
+    """Brings the BatchNorm statistics near those of these images, in place.
+
+    Without it, random networks that multiply their maps grow without bound, and amplify any rounding to an error.
+    """
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(3, *images.shape[1:], generator=generator).to(images)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.8  # the rest is what they were: random
+    if norms:
+        model.train()(torch.cat([images, noise]))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
 
 
 def _random_values(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every model of the table keeps its function: in eval mode, in train mode, and with all that is done to models around it."""
+"""Every model of the table keeps its function: in eval and in train mode, and through all that is done to models."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def assert_unchanged(model: nn.Module, before: object) -> None:
         assert torch.equal(values, old_tensors[name][2]), name
 
 
-def counterparts(pair_original: nn.Module, pair_converted: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Modules that a conversion keeps, original and converted: all that is no part of a site, and the BatchNorms of sites."""
-    layers = shiftwise_layers(pair_converted)
-    sites = {module for path in layers for module in pair_original.get_submodule(path).modules()}
-    for path, module in pair_original.named_modules():
+def counterparts(original: nn.Module, converted: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Modules that a conversion keeps, before and after: all that is no part of a site, and the BatchNorms of sites."""
+    layers = shiftwise_layers(converted)
+    sites = {module for path in layers for module in original.get_submodule(path).modules()}
+    for path, module in original.named_modules():
         if module not in sites:
-            yield path, module, pair_converted.get_submodule(path)
+            yield path, module, converted.get_submodule(path)
     for path, layer in layers.items():
-        site = pair_original.get_submodule(path)
+        site = original.get_submodule(path)
         for branch, source in zip(layer.branches, layer.match.branches, strict=True):
             if source.bn is not None:
                 yield f"{path}.{source.bn}", site.get_submodule(source.bn), branch.bn
@@ -107,8 +107,6 @@ def test_the_layers_are_converted_and_nothing_else_changes(pair: Pair) -> None:
     for path, old, new in counterparts(pair.original, pair.converted):
         assert type(new) is type(old), path
         assert new is not old, path
-        state = old.state_dict()
-        assert list(state) == list(new.state_dict()) or any(name.startswith(path) for name in layers), path
     untouched = {name for name in pair.original.state_dict() if not _inside(name, layers)}
     state = pair.converted.state_dict()
     assert untouched == {name for name in state if not _inside(name, layers)}
@@ -197,7 +195,7 @@ def _kernel_gradients(original: nn.Module, converted: nn.Module) -> dict[str, tu
 
 
 def assert_same_gradients(gradients: dict[str, tuple[Tensor | None, Tensor | None]], bound: float) -> None:
-    """Each to the bound; where a gradient is nothing but rounding (a bias before a BatchNorm), to that of an average one."""
+    """Each to the bound times its size, at least the average: a bias before a BatchNorm has nothing but rounding."""
     given = {name: (old, new) for name, (old, new) in gradients.items() if old is not None}
     assert {name for name, (_, new) in gradients.items() if new is not None} == given.keys()
     assert given

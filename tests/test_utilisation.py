@@ -1,4 +1,4 @@
-"""Which responses are used: by counting gradients, and the numbers of the paper's coverage analysis."""
+"""Which responses are used: counted one by one, and the numbers of the paper's coverage analysis."""
 
 import pytest
 import torch
@@ -11,23 +11,22 @@ from sw_transplant.utilisation import utilisation
 
 
 def reached(module, size):
-    """Which responses have a gradient: (active, T, H, W), counted with an edge at a time of ones."""
-    n, (sh, sw) = module.tile, module.stride
-    count = torch.zeros(len(module.active), module.tiles, *size)
-    z = torch.zeros(*count.shape[:2], size[0] + 200, size[1] + 200, requires_grad=True)
-    total = 0
-    for order, step in ((module.horizontal, (0, n)), (module.vertical, (n, 0))):
-        for edge in order:
-            for c, row in enumerate(edge.tolist()):
-                for t, place in enumerate(row):
-                    shift = [place * s - (module.length // 2 - n // 2 if s else 0) for s in step]
-                    window = z[c, t, 100 + shift[0] :, 100 + shift[1] :][: size[0] : sh, : size[1] : sw]
-                    total = total + window.sum()
-    for edge in module.identity:
-        for c, t in enumerate(edge.tolist()):
-            total = total + z[c, t, 100:, 100:][: size[0] : sh, : size[1] : sw].sum()
-    total.backward()
-    return z.grad[:, :, 100 : 100 + size[0], 100 : 100 + size[1]] > 0
+    """Which responses centred on the map are read, (active, T, H, W): every output of every tile, one by one."""
+    n, far = module.tile, 100
+    seen = torch.zeros(len(module.active), module.tiles, size[0] + 2 * far, size[1] + 2 * far, dtype=torch.bool)
+
+    def read(channel, tile, down, right):
+        window = seen[channel, tile, far + down :, far + right :]
+        window[: size[0] : module.stride[0], : size[1] : module.stride[1]] = True
+
+    back = module.length // 2 - n // 2  # from the centre of the first tile to that of the strip
+    for edge in range(module.edges):
+        for c in range(len(module.active)):
+            for t in range(module.tiles):
+                read(c, t, 0, n * int(module.horizontal[edge, c, t]) - back)
+                read(c, t, n * int(module.vertical[edge, c, t]) - back, 0)
+            read(c, int(module.identity[edge, c]), 0, 0)
+    return seen[:, :, far:-far, far:-far]
 
 
 @pytest.mark.parametrize("settings", [{}, {"edges": 1}, {"stride": 2}, {"tile": 5}, {"tile": 2, "stride": (1, 3)}])

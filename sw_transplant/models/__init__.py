@@ -1,8 +1,8 @@
 """Checkpoint-compatible definitions of the published large-kernel networks, registered with timm on import.
 
 After ``import sw_transplant.models``, ``timm.create_model`` knows ``slak_tiny|small|base|large``,
-``replknet_31b|31l|xl`` and ``unireplknet_a|f|p|n|t|s|b|l|xl``. Parameter names and shapes are the published ones;
-official weight files are read by `load_checkpoint`.
+``replknet_31b|31l|xl``, ``unireplknet_a|f|p|n|t|s|b|l|xl`` and ``sw_tiny|small|base|large``. Parameter names and shapes
+are the published ones; official weight files are read by `load_checkpoint`.
 """
 
 try:
@@ -12,7 +12,8 @@ except ImportError as error:
 
 from sw_transplant.models.checkpoint import load_checkpoint
 from sw_transplant.models.replknet import RepLKNet
+from sw_transplant.models.shiftwise import ShiftWise
 from sw_transplant.models.slak import SLaK
 from sw_transplant.models.unireplknet import UniRepLKNet
 
-__all__ = ["RepLKNet", "SLaK", "UniRepLKNet", "load_checkpoint"]
+__all__ = ["RepLKNet", "SLaK", "ShiftWise", "UniRepLKNet", "load_checkpoint"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers.drop import DropPath
@@ -101,9 +101,12 @@ def _spatial_layer(channels: int, kernel_size: int) -> nn.Module:
 class UniRepLKNetBlock(nn.Module):
     """Depthwise layer, BatchNorm, squeeze and excitation, a perceptron with GRN, layer scale, residual."""
 
-    def __init__(self, dim: int, kernel_size: int, drop_path: float, layer_scale: float) -> None:
+    SPATIAL: ClassVar[str] = "dwconv"
+    """What the depthwise layer is called in the checkpoints."""
+
+    def __init__(self, dim: int, spatial: nn.Module, drop_path: float, layer_scale: float) -> None:
         super().__init__()
-        self.dwconv = _spatial_layer(dim, kernel_size)
+        setattr(self, self.SPATIAL, spatial)
         self.norm = nn.BatchNorm2d(dim)
         self.se = SEBlock(dim)
         self.pwconv1 = nn.Sequential(Permute(0, 2, 3, 1), nn.Linear(dim, 4 * dim))
@@ -113,11 +116,28 @@ class UniRepLKNetBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.se(self.norm(self.dwconv(x)))
+        y = self.se(self.norm(getattr(self, self.SPATIAL)(x)))
         y = self.pwconv2(self.act(self.pwconv1(y)))
         if self.gamma is not None:
             y = self.gamma.view(1, -1, 1, 1) * y
         return x + self.drop_path(y)
+
+
+def overlapping_entrances(in_chans: int, dims: Sequence[int]) -> nn.ModuleList:
+    """The stem and the downsampling layers: 3 x 3 convolutions of stride 2, each with a LayerNorm."""
+    half = dims[0] // 2
+    stem = nn.Sequential(
+        nn.Conv2d(in_chans, half, kernel_size=3, stride=2, padding=1),
+        LayerNorm2d(half, eps=1e-6),
+        nn.GELU(),
+        nn.Conv2d(half, dims[0], kernel_size=3, stride=2, padding=1),
+        LayerNorm2d(dims[0], eps=1e-6),
+    )
+    layers = nn.ModuleList([stem])
+    for narrow, wide in pairwise(dims):
+        halving = nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1)
+        layers.append(nn.Sequential(halving, LayerNorm2d(wide, eps=1e-6)))
+    return layers
 
 
 class UniRepLKNet(StagedNet):
@@ -162,23 +182,11 @@ class UniRepLKNet(StagedNet):
             )
         super().__init__(dims, in_chans, drop_rate)
 
-        half = dims[0] // 2
-        stem = nn.Sequential(
-            nn.Conv2d(in_chans, half, kernel_size=3, stride=2, padding=1),
-            LayerNorm2d(half, eps=1e-6),
-            nn.GELU(),
-            nn.Conv2d(half, dims[0], kernel_size=3, stride=2, padding=1),
-            LayerNorm2d(dims[0], eps=1e-6),
-        )
-        self.downsample_layers = nn.ModuleList([stem])
-        for narrow, wide in pairwise(dims):
-            halving = nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1)
-            self.downsample_layers.append(nn.Sequential(halving, LayerNorm2d(wide, eps=1e-6)))
-
+        self.downsample_layers = overlapping_entrances(in_chans, dims)
         self.stages = nn.ModuleList()
         for dim, sizes, rates in zip(dims, kernel_sizes, drop_path_rates(drop_path_rate, depths), strict=True):
             blocks = [
-                UniRepLKNetBlock(dim, size, rate, layer_scale_init_value)
+                UniRepLKNetBlock(dim, _spatial_layer(dim, size), rate, layer_scale_init_value)
                 for size, rate in zip(sizes, rates, strict=True)
             ]
             self.stages.append(nn.Sequential(*blocks))

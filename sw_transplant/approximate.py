@@ -1,0 +1,177 @@
+"""Mode ``shiftwise``: the paper's module in the place of large kernels, as close to them as its shared bank allows.
+
+A bank of T tiles that both strips share, and that E edges place in random orders, cannot make every kernel. What it
+makes is linear in the bank, so the closest kernel is a least-squares problem per channel (:mod:`sw_transplant.sharing`).
+Of a square kernel it finds the best cross-shaped part. The channels that lose least by bypassing the module become the
+ghosts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import SWConfig
+from .forms import DenseKernel, add_kernels, embed
+from .geometry import Extent, enclose
+from .match import Match
+from .modules import ShiftwiseConv2d
+from .orders import active_channels
+from .sharing import share
+from .shiftwise import SWConv2d
+
+DEFAULT_TILE = 3
+"""Side of the tiles where the config names none: that of the paper's models."""
+
+
+@dataclass(frozen=True)
+class SharedSpec:
+    """How the module of a converted layer is made: the arguments of :class:`SWConv2d`, and what the conversion kept.
+
+    Attributes:
+        energy_kept: share of the original kernel's energy (squared taps, BatchNorm folded) that the new one keeps.
+    """
+
+    kernel_size: int
+    tile: int
+    edges: int
+    paths: int
+    ghosts: tuple[int, ...]
+    seed: int
+    energy_kept: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The specification, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SharedSpec:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: fields are missing or unknown.
+        """
+        try:
+            return cls(**{**values, "ghosts": tuple(values["ghosts"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{values!r:.80}: not the description of a shiftwise layer ({error})") from error
+
+    def build(self, match: Match, *, form: str, device: torch.device, dtype: torch.dtype) -> SWConv2d:
+        """The module, with random filters."""
+        module = SWConv2d(
+            match.out_channels,
+            self.kernel_size,
+            self.tile,
+            edges=self.edges,
+            paths=self.paths,
+            ghost=self.ghosts or 0.0,
+            stride=match.stride,
+            seed=self.seed,
+            form=form,
+            match=match,
+            device=device,
+            dtype=dtype,
+        )
+        module.spec = self
+        return module
+
+
+def shared_parameters(channels: int, length: int, config: SWConfig) -> int:
+    """Number of parameters of the paper's module for strips of this length: the banks and three BatchNorms."""
+    tile = config.tile or DEFAULT_TILE
+    return _active(channels, config) * (config.paths * -(-length // tile) * tile * tile + 6)
+
+
+def _active(channels: int, config: SWConfig) -> int:
+    return len(active_channels(channels, config.ghost, config.seed))
+
+
+@torch.no_grad()
+def build_shared(original: ShiftwiseConv2d, match: Match, config: SWConfig) -> SWConv2d:
+    """The paper's module, initialised from the laid-out form of the same layer.
+
+    Args:
+        original: the layer, laid out (exact); it is not changed.
+        match: what it replaces; passes :func:`find.reason_against_sharing`.
+        config: of mode ``"shiftwise"``.
+
+    Returns:
+        The module, in the mode of ``original``. Its BatchNorms start as the identity, the bias of the original in the
+        last of them, so that in eval its kernel is the least-squares one.
+
+    Raises:
+        NotImplementedError: a BatchNorm of the original keeps no running statistics.
+    """
+    kernels, bias = original.kernels()
+    target = reduce(add_kernels, kernels)
+    tile = config.tile or DEFAULT_TILE
+    spec = SharedSpec(max(original.kernel_size), tile, config.edges, config.paths, (), config.seed, 0.0)
+    like = next(original.parameters())
+    whole = spec.build(match, form="assembled", device=torch.device("cpu"), dtype=torch.float64)
+    bank, kept = _closest(whole, target)
+
+    energy = target.weight.double().cpu().square().sum((1, 2, 3))
+    bypassed = _minus_identity(target).double().cpu().square().sum((1, 2, 3))  # what a ghost would miss
+    missed = (1 - kept) * energy
+    cheapest = (bypassed - missed).argsort(stable=True)
+    ghosts = tuple(sorted(cheapest[: match.out_channels - _active(match.out_channels, config)].tolist()))
+    active = torch.tensor([c for c in range(match.out_channels) if c not in set(ghosts)])
+    lost = missed[active].sum() + bypassed[list(ghosts)].sum()
+    total = energy.sum()
+    share_kept = float(1 - lost / total) if total > 0 else 1.0
+
+    spec = SharedSpec(spec.kernel_size, tile, config.edges, config.paths, ghosts, config.seed, share_kept)
+    module = spec.build(match, form=config.form, device=like.device, dtype=like.dtype)
+    orders = (whole.horizontal[:, active], whole.vertical[:, active], whole.identity[:, active])
+    module.set_orders(*orders)  # those that the bank was solved for
+    _split(bank[active], module, config.seed)
+    if bias is not None:
+        module.norm("identity").bias.copy_(bias[active.to(bias.device)])  # type: ignore[union-attr, operator]
+    trained = any(parameter.requires_grad for parameter in original.parameters())
+    module.requires_grad_(trained).train(original.training)
+    return module
+
+
+def _minus_identity(kernel: DenseKernel) -> Tensor:
+    """The kernel less the map itself, which ghosts and the module's residual pass on anyway."""
+    one = Extent((1, 1), (0, 0))
+    outer = enclose(kernel.extent, one)
+    ones = DenseKernel(kernel.weight.new_ones(kernel.weight.shape[0], 1, 1, 1), one)
+    return embed(kernel, outer) - embed(ones, outer)
+
+
+def _closest(module: SWConv2d, target: DenseKernel) -> tuple[Tensor, Tensor]:
+    """Bank ``(C, T, n, n)`` and share of the target's energy kept ``(C,)``, for a float64 module without ghosts."""
+    outer = enclose(target.extent, module.extent)
+    wanted = embed(target, outer).double().cpu()
+    first, *others = module.paths
+    for path in others:
+        path.weight.zero_()
+
+    def assemble(bank: Tensor) -> Tensor:
+        first.weight.copy_(bank.reshape_as(first.weight))
+        return embed(reduce(add_kernels, module._dense()), outer)
+
+    tiles, tile = module.tiles, module.tile
+    constant = assemble(torch.zeros(module.out_channels, tiles, tile, tile, dtype=torch.float64))  # the residual
+    bank, kept_of_rest = share(wanted - constant, lambda b: assemble(b) - constant, tiles, tile)
+    missed = (1 - kept_of_rest) * (wanted - constant).square().sum((1, 2, 3))
+    energy = wanted.square().sum((1, 2, 3))
+    return bank, torch.where(energy > 0, 1 - missed / energy.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
+
+
+def _split(bank: Tensor, module: SWConv2d, seed: int) -> None:
+    """Shares a bank out to the parallel paths: equal parts, plus noise of deviation 0.02 that adds up to nothing.
+
+    Without the noise the paths would have the same gradients for ever, and be one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = len(module.paths)
+    noise = torch.randn(count, *bank.shape, generator=generator, dtype=bank.dtype) * 0.02
+    noise -= noise.mean(0)
+    for path, part in zip(module.paths, noise, strict=True):
+        path.weight.copy_((bank / count + part).reshape_as(path.weight))

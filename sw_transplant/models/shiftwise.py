@@ -1,0 +1,140 @@
+"""SW: UniRepLKNet's frame around small filters that are shifted along rows and columns (ShiftwiseConv, CVPR 2025)."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from timm.layers.norm import LayerNorm2d
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+
+from sw_transplant.models.registry import build, preprocessing
+from sw_transplant.models.staged import StagedNet, drop_path_rates, init_truncated_normal, require_stages
+from sw_transplant.models.unireplknet import UniRepLKNetBlock, overlapping_entrances
+from sw_transplant.shiftwise import SWConv2d
+
+__all__ = ["ShiftWise"]
+
+
+class PublishedSWConv2d(SWConv2d):
+    """The paper's module as its checkpoints have it: their names, ghosts last, orders that follow from the seed."""
+
+    NAMES: ClassVar[dict[str, str]] = {
+        "paths": "LoRAs",
+        "horizontal": "bn_lora1",
+        "vertical": "bn_lora2",
+        "identity": "bn_small",
+    }
+    STORES_ORDERS: ClassVar[bool] = False
+
+
+class ShiftWiseBlock(UniRepLKNetBlock):
+    """UniRepLKNet's block with the paper's module in it."""
+
+    SPATIAL: ClassVar[str] = "large_kernel"
+
+
+class ShiftWise(StagedNet):
+    """SW, with the parameter names and shapes of its published checkpoints (the paper, Table 8 of the appendix).
+
+    The checkpoints do not hold the random orders and the ghost channels: they are drawn again, always alike
+    (:mod:`sw_transplant.orders`). Build the model with the `ghost_ratio` and the `N_rep` that a file was trained with.
+
+    Args:
+        in_chans: channels of the input image.
+        num_classes: outputs of the classifier; 0 for none.
+        depths: blocks of the four stages.
+        dims: channels of the four stages, before `width_factor`; the first must be even, and all at least 4.
+        kernel_size: length of the strips in each of the four stages, then the side of the filters that make them.
+        width_factor: multiplies `dims`, rounding down.
+        drop_path_rate: stochastic depth of the last block; the others rise to it linearly.
+        layer_scale_init_value: initial layer scale; none if not positive.
+        head_init_scale: factor on the classifier's initial weights.
+        ghost_ratio: fraction of channels that bypass the large kernel.
+        N_path: parallel banks that are summed before the shift.
+        N_rep: edges, the orders in which each strip places the bank.
+        form: how the large kernels run, see :class:`sw_transplant.ShiftwiseConv2d`.
+        global_pool: 'avg', 'max', 'avgmax', or '' without classifier.
+        drop_rate: dropout in front of the classifier.
+
+    Raises:
+        ValueError: if a setting has the wrong number of entries or is out of range.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        depths: Sequence[int] = (3, 3, 18, 3),
+        dims: Sequence[int] = (80, 160, 320, 640),
+        kernel_size: Sequence[int] = (51, 49, 47, 13, 3),
+        width_factor: float = 1.0,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        head_init_scale: float = 1.0,
+        ghost_ratio: float = 0.23,
+        N_path: int = 2,
+        N_rep: int = 4,
+        form: str = "auto",
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+    ) -> None:
+        require_stages("ShiftWise", depths=depths, dims=dims)
+        if len(kernel_size) != len(dims) + 1:
+            raise ValueError(
+                f"ShiftWise: kernel_size={kernel_size!r} has {len(kernel_size)} entries, "
+                f"expected {len(dims) + 1}, one per stage and the side of the filters"
+            )
+        dims = [int(dim * width_factor) for dim in dims]
+        super().__init__(dims, in_chans, drop_rate)
+
+        self.downsample_layers = overlapping_entrances(in_chans, dims)
+        *lengths, tile = kernel_size
+        self.stages = nn.ModuleList()
+        for dim, length, rates in zip(dims, lengths, drop_path_rates(drop_path_rate, depths), strict=True):
+            blocks = []
+            for rate in rates:
+                large_kernel = PublishedSWConv2d(
+                    dim, length, tile, edges=N_rep, paths=N_path, ghost=ghost_ratio, ghosts_last=True, form=form
+                )
+                blocks.append(ShiftWiseBlock(dim, large_kernel, rate, layer_scale_init_value))
+            self.stages.append(nn.Sequential(*blocks))
+
+        self.norm = LayerNorm2d(dims[-1], eps=1e-6)
+        self.reset_classifier(num_classes, global_pool)
+        init_truncated_normal(self)
+        if isinstance(self.head, nn.Linear):
+            self.head.weight.data.mul_(head_init_scale)
+
+
+default_cfgs = generate_default_cfgs(
+    {f"sw_{size}": preprocessing("downsample_layers.0.0") for size in ("tiny", "small", "base", "large")}
+)
+
+
+def _geometry(width: int, third: int) -> dict[str, Any]:
+    """UniRepLKNet's sizes: `width` of the first stage, doubled from stage to stage, and the third's depth."""
+    return {"depths": (3, 3, third, 3), "dims": tuple(width * 2**stage for stage in range(4))}
+
+
+@register_model
+def sw_tiny(pretrained: bool = False, **kwargs: Any) -> ShiftWise:
+    """SW-T, 31.8 M parameters."""
+    return build(ShiftWise, "sw_tiny", pretrained, _geometry(80, 18), **kwargs)
+
+
+@register_model
+def sw_small(pretrained: bool = False, **kwargs: Any) -> ShiftWise:
+    """SW-S, 57.3 M parameters."""
+    return build(ShiftWise, "sw_small", pretrained, _geometry(96, 27), **kwargs)
+
+
+@register_model
+def sw_base(pretrained: bool = False, **kwargs: Any) -> ShiftWise:
+    """SW-B, 100.3 M parameters; the authors define it, but report no training (the paper, Appendix E)."""
+    return build(ShiftWise, "sw_base", pretrained, _geometry(128, 27), **kwargs)
+
+
+@register_model
+def sw_large(pretrained: bool = False, **kwargs: Any) -> ShiftWise:
+    """SW-L, 221.8 M parameters; the authors define it, but report no training (the paper, Appendix E)."""
+    return build(ShiftWise, "sw_large", pretrained, _geometry(192, 27), **kwargs)

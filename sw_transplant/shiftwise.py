@@ -1,0 +1,353 @@
+"""The paper's module: one bank of small filters, placed along rows and columns by several edges, in random orders.
+
+ShiftwiseConv, "Method" (multi-edge shift and fusion, shared bank, ghost channels, BatchNorm after the shift). For an
+active channel c and the sum of all paths, T = ceil(M / N) tiles N x N, each edge adds its tiles up to a strip:
+
+    strip[c, :, place * N + i] += tile[c, t, :, i]     place = order[edge, c, t]
+
+along the row (horizontal branch), and with another order along the column (vertical branch). The identity branch takes
+one tile per edge and channel without a shift. Each branch has a BatchNorm; the input is added to their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .branch import PlacedTiles, edge_indices
+from .forms import DenseKernel
+from .geometry import BranchGeometry, Extent, Size
+from .modules import ShiftwiseConv2d
+from .orders import PUBLISHED_SEED, active_channels, branch_tables, draw_orders
+from .shared_bank import BranchView, Once, TilePath
+
+BRANCHES = ("horizontal", "vertical", "identity")
+Gain = Literal["edge", "channel"]
+
+
+class SWConv2d(ShiftwiseConv2d):
+    """The paper's SW module: a drop-in for a depthwise convolution that keeps height and width (divided by the stride).
+
+        y[active] = BN(horizontal) + BN(vertical) + BN(identity) + x[active],    y[ghosts] = x[ghosts]
+
+    The convolutions are padded by N - 1 on both axes, as published, so that every position where a filter overlaps the
+    map has a response. Hence all execution forms give the same function, at the borders too, and
+    :func:`sw_transplant.merge` turns the module into two strips, paths, edges, BatchNorms and ghosts included.
+
+    Args:
+        channels: of input and output.
+        kernel_size: length M of the strips that the tiles make (the paper: 51, 49, 47, 13).
+        tile: side N of the filters (the paper: 3; 5 in its first experiments).
+        edges: E, how many orders place the bank in each branch (the paper: 4).
+        paths: how many banks are summed before the shift (the paper's Rep, 2). In eval they equal one.
+        ghost: the fraction of channels that bypass the module (the paper: 0.23), drawn with the seed
+            (:func:`orders.active_channels`); or these channels themselves; 0 for none.
+        ghosts_last: order of the output: True as published (the active channels, then the ghosts), False in place.
+        residual: add the input to the sum of the branches, as published.
+        gain: what multiplies each edge of each branch: ``None`` nothing, ``"edge"`` a Parameter ``gain`` ``(3, E)``,
+            ``"channel"`` one ``(3, E, active)``, in the order of :data:`BRANCHES`; ones at the start.
+        masked: give every path a mask of its filters, all in use (:class:`TilePath`).
+        stride: of the output.
+        seed: of the ghosts and of the orders; the state of the global generators is neither used nor changed.
+        form, match: as in :class:`ShiftwiseConv2d`.
+        device, dtype: of parameters and buffers.
+
+    Shape: ``(B, C, H, W)`` to ``(B, C, ceil(H / sh), ceil(W / sw))``.
+
+    State: ``paths.<i>.weight`` ``(active * T, 1, N, N)``; ``bn_horizontal``, ``bn_vertical``, ``bn_identity``; buffers
+    ``horizontal`` and ``vertical`` ``(E, active, T)``, the place of each tile, ``identity`` ``(E, active)``, the tile
+    taken, and ``active`` ``(active,)``, the channels in ascending order; optionally ``gain`` and ``paths.<i>.mask``.
+    What is loaded or assigned to the orders takes effect with ``load_state_dict`` or :meth:`set_orders`.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> SWConv2d(32, 51)(torch.zeros(1, 32, 14, 14)).shape
+        torch.Size([1, 32, 14, 14])
+    """
+
+    NAMES: ClassVar[dict[str, str]] = {"paths": "paths", **{branch: f"bn_{branch}" for branch in BRANCHES}}
+    """What the parts are called in the state_dict; a subclass may choose other names."""
+    STORES_ORDERS: ClassVar[bool] = True
+    """Whether the orders and the active channels are part of the state_dict; else they follow from the seed."""
+
+    horizontal: Tensor
+    vertical: Tensor
+    identity: Tensor
+    active: Tensor
+    ghosts: Tensor
+    one_bank: Tensor
+    one_placements: Tensor
+    one_index: Tensor
+    gain: nn.Parameter | None
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        tile: int = 3,
+        *,
+        edges: int = 4,
+        paths: int = 2,
+        ghost: float | Sequence[int] = 0.23,
+        ghosts_last: bool = False,
+        residual: bool = True,
+        gain: Gain | None = None,
+        masked: bool = False,
+        stride: int | Size = 1,
+        seed: int = PUBLISHED_SEED,
+        form: str = "auto",
+        match: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # the branches of the parent class are views here, not modules
+        _check_counts(channels=channels, kernel_size=kernel_size, tile=tile, edges=edges, paths=paths)
+        if gain not in (None, "edge", "channel"):
+            raise ValueError(f"SWConv2d: gain {gain!r}, expected None, 'edge' or 'channel'")
+        steps = (stride, stride) if isinstance(stride, int) else stride
+        self._set_up(channels, channels, steps, form, match)
+        self.length, self.tile, self.edges, self.seed = kernel_size, tile, edges, seed
+        self.ghosts_last, self.residual = ghosts_last, residual
+        self._geometries = _geometries(kernel_size, tile)
+        self._ghost = float(ghost) if isinstance(ghost, float | int) else tuple(ghost)
+        drawn = self._draw()
+        count = len(drawn["active"])
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        banks = [TilePath(count, self.tiles, tile, masked=masked, **factory) for _ in range(paths)]
+        setattr(self, self.NAMES["paths"], nn.ModuleList(banks))
+        for branch in BRANCHES:
+            setattr(self, self.NAMES[branch], nn.BatchNorm2d(count, **factory))
+        shape = (len(BRANCHES), edges) if gain == "edge" else (len(BRANCHES), edges, count)
+        self.register_parameter("gain", None if gain is None else nn.Parameter(torch.ones(shape, **factory)))
+        for name, values in drawn.items():
+            self.register_buffer(name, values.to(self._like.device), persistent=self.STORES_ORDERS)
+        self._follow(drawn)
+        self.register_load_state_dict_post_hook(_follow_what_was_loaded)
+
+    # ---- the parts ----
+
+    @property
+    def tiles(self) -> int:
+        """T = ceil(M / N), the number of tiles per channel and path."""
+        return -(-self.length // self.tile)
+
+    @property
+    def merged(self) -> bool:
+        """Whether :meth:`reparameterize` has turned the module into plain kernels."""
+        return "branches" in self._modules
+
+    @property
+    def paths(self) -> list[TilePath]:
+        """The parallel banks; none once the kernels are merged."""
+        return list(self._modules.get(self.NAMES["paths"]) or ())  # type: ignore[arg-type]
+
+    def norm(self, branch: str) -> nn.Module:
+        """The BatchNorm of a branch: ``"horizontal"``, ``"vertical"`` or ``"identity"``."""
+        return self._modules[self.NAMES[branch]]  # type: ignore[return-value]
+
+    @property
+    def bank(self) -> Tensor:
+        """The sum of the paths ``(active, T, N, N)``, without the filters that are masked."""
+        first, *others = [path.bank for path in self.paths]
+        for bank in others:
+            first = first + bank
+        return first
+
+    @property
+    def live(self) -> Tensor | None:
+        """Which tiles ``(active, T)`` any path uses; None where nothing is masked."""
+        masks = [path.mask for path in self.paths if path.mask is not None]
+        return torch.stack(masks).any(0) if masks and len(masks) == len(self.paths) else None
+
+    @property
+    def branches(self) -> Any:
+        """The branches: views of the parameters; once the kernels are merged, modules."""
+        return self._modules["branches"] if self.merged else self._branches()
+
+    @branches.setter
+    def branches(self, modules: nn.ModuleList) -> None:
+        self._modules["branches"] = modules
+
+    def _branches(self) -> Sequence[PlacedTiles]:
+        if self.merged:
+            return list(self._modules["branches"])  # type: ignore[call-overload]
+        bank = Once(lambda: self.bank)
+        views = [
+            BranchView(
+                geometry,
+                bank,
+                getattr(self, f"{name}_placements"),
+                getattr(self, f"{name}_index"),
+                self.norm(name),
+                None if self.gain is None else self.gain[i],
+            )
+            for i, (name, geometry) in enumerate(zip(BRANCHES, self._geometries, strict=True))
+        ]
+        if self.residual:
+            one = BranchGeometry((1, 1), (0, 0, 0, 0))
+            views.append(BranchView(one, lambda: self.one_bank, self.one_placements, self.one_index, None, None, True))
+        return views
+
+    # ---- the orders ----
+
+    def set_orders(self, horizontal: Tensor, vertical: Tensor, identity: Tensor) -> None:
+        """Exchanges the orders: ``(E, active, T)`` places of the tiles, twice, and ``(E, active)`` tiles taken.
+
+        Raises:
+            ValueError: another shape, or a place or tile that does not exist.
+        """
+        orders = dict(zip(BRANCHES, (horizontal, vertical, identity), strict=True))
+        for name, order in orders.items():
+            if order.shape != getattr(self, name).shape:
+                raise ValueError(
+                    f"SWConv2d.{name}: shape {tuple(order.shape)}, expected {tuple(getattr(self, name).shape)}"
+                )
+            if not 0 <= int(order.min()) <= int(order.max()) < self.tiles:
+                raise ValueError(
+                    f"SWConv2d.{name}: values {int(order.min())} to {int(order.max())}, expected 0 to {self.tiles - 1}"
+                )
+        for name, order in orders.items():
+            getattr(self, name).copy_(order)
+        self._follow({**orders, "active": self.active})
+
+    def _draw(self) -> dict[str, Tensor]:
+        active = active_channels(self.in_channels, self._ghost, self.seed)
+        return {**draw_orders(len(active), self.tiles, self.edges, self.seed)._asdict(), "active": active}
+
+    def _follow(self, drawn: dict[str, Tensor]) -> None:
+        """Derives from orders and active channels what the forms read."""
+        sets = 1 if self.gain is None else self.edges
+        for name in BRANCHES:
+            placements, index = branch_tables(name, drawn[name], self.tiles, self.tile, sets)
+            self._derive(f"{name}_placements", placements)
+            self._derive(f"{name}_index", index)
+        with torch.device("cpu"):
+            bypass = torch.ones(self.in_channels, dtype=torch.bool)
+            bypass[drawn["active"].cpu()] = False
+            self._derive("ghosts", bypass.nonzero().flatten())
+            one = torch.zeros(len(drawn["active"]), 1, self.tile, self.tile, dtype=self._like.dtype)
+            one[:, :, 0, 0] = 1
+            row = torch.zeros(1, 1, 3, dtype=torch.int32)
+            self._derive("one_bank", one)
+            self._derive("one_placements", row)
+            self._derive("one_index", edge_indices(row, 1, 1, self.tile, (1, 1)))
+        self.clear_cache()
+
+    def _derive(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor.to(self._like.device), persistent=False)
+
+    @property
+    def _like(self) -> Tensor:
+        return self.paths[0].weight
+
+    def reset_parameters(self) -> None:
+        """Draws ghosts and orders from the seed again, and initialises filters, BatchNorms and gains.
+
+        What a module needs that was built on the meta device and then got memory by ``to_empty``.
+        """
+        drawn = self._draw()
+        for name, values in drawn.items():
+            getattr(self, name).copy_(values)
+        if self.gain is not None:
+            nn.init.ones_(self.gain)
+        for module in (*self.paths, *(self.norm(branch) for branch in BRANCHES)):
+            module.reset_parameters()  # type: ignore[operator]
+        self._follow(drawn)
+
+    # ---- running ----
+
+    def _run(self, x: Tensor) -> Tensor:
+        if not len(self.ghosts):
+            return super()._run(x)
+        if self.merged:  # the ghosts are kernels with a single tap
+            return super()._run(x.index_select(1, self.channel_order) if self.ghosts_last else x)  # type: ignore[arg-type]
+        y = super()._run(x.index_select(1, self.active))
+        passed = x[:, :, :: self.stride[0], :: self.stride[1]].to(y.dtype)
+        if self.ghosts_last:
+            return torch.cat([y, passed.index_select(1, self.ghosts)], dim=1)
+        return passed.index_copy(1, self.active, y)
+
+    # ---- back to plain convolutions ----
+
+    @property
+    def channel_order(self) -> Tensor | None:
+        """Which input channel the k-th channel of :meth:`kernels` reads, ``(C,)``; None for the k-th itself."""
+        return torch.cat([self.active, self.ghosts]) if self.ghosts_last and len(self.ghosts) else None
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = super().bias
+        return bias if bias is None or self.merged or not len(self.ghosts) else self._among_ghosts(bias)
+
+    def _dense(self) -> list[DenseKernel]:
+        kernels = super()._dense()
+        if self.merged or not len(self.ghosts):
+            return kernels
+        kernels = [DenseKernel(self._among_ghosts(kernel.weight), kernel.extent) for kernel in kernels]
+        bypass = self._among_ghosts(torch.zeros_like(self._like[: len(self.active), :, :1, :1]), fill=1)
+        return [*kernels, DenseKernel(bypass, Extent((1, 1), (0, 0)))]
+
+    def _among_ghosts(self, values: Tensor, fill: float = 0) -> Tensor:
+        """Values of the active channels, ``(active, ...)`` -> ``(C, ...)``, the ghosts filled."""
+        places = torch.arange(len(self.active), device=values.device) if self.ghosts_last else self.active
+        return values.new_full((self.in_channels, *values.shape[1:]), fill).index_copy(0, places, values)
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """As :meth:`ShiftwiseConv2d.reparameterize`: paths, edges, BatchNorms and ghosts become plain kernels."""
+        if self.merged:
+            return
+        super().reparameterize()
+        for name in self.NAMES.values():
+            del self._modules[name]
+        self.gain = None
+        kept = ("active", "ghosts")
+        for name in [name for name, _ in self.named_buffers(recurse=False) if name not in kept]:
+            delattr(self, name)
+
+    def extra_repr(self) -> str:
+        if self.merged:
+            return super().extra_repr()
+        ghosts = f", {len(self.ghosts)} ghosts" + (" last" if self.ghosts_last else "") if len(self.ghosts) else ""
+        stride = "" if self.stride == (1, 1) else f", stride={self.stride}"
+        n = self.tile
+        return (
+            f"{self.in_channels}, strips of {self.length}: {self.tiles} tiles {n}x{n}, edges={self.edges}, "
+            f"paths={len(self.paths)}{ghosts}{stride}, form={self.form!r}"
+        )
+
+
+def _follow_what_was_loaded(module: SWConv2d, _: Any) -> None:
+    if module.merged:
+        return
+    if module.STORES_ORDERS:
+        drawn = {name: getattr(module, name) for name in (*BRANCHES, "active")}
+    else:  # the file does not hold them: they follow from the seed, whatever the memory held before
+        drawn = module._draw()
+        for name, values in drawn.items():
+            module._derive(name, values)
+    if not any(values.is_meta for values in drawn.values()):
+        module._follow(drawn)
+
+
+def _geometries(length: int, n: int) -> tuple[BranchGeometry, ...]:
+    """Of the branches: strips that T whole tiles make, centred as one of ``length`` taps; the output keeps the size."""
+    filled = -(-length // n) * n
+    across, along = (n // 2, n - 1 - n // 2), (length // 2, filled - 1 - length // 2)
+    return (
+        BranchGeometry((n, filled), (*across, *along)),
+        BranchGeometry((filled, n), (*along, *across)),
+        BranchGeometry((n, n), (*across, *across)),
+    )
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"SWConv2d: {name} {value!r}, expected an integer of at least 1")

@@ -1,0 +1,353 @@
+"""Coarse-grained dynamic sparsity: whole filters are taken out of use, and others taken into use, while a model trains.
+
+SNIP decides how many filters each layer keeps; from then on, every so often, the filters with the smallest sum of
+magnitudes are pruned and as many grown elsewhere in the same layer (ShiftwiseConv, appendix C; SLaK, appendix B).
+
+    sparsity = FilterSparsity(model, sparsity=0.3)
+    sparsity.initialise((images, labels, F.cross_entropy))
+    sparsity.attach(optimizer)                # from here on optimizer.step() does the rest
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .masked_layers import MaskedLayer, of_first_rank, sparsity_report, trainable_layers
+from .masks import MaskedTiles
+from .snip import Batch, above_one_threshold, best_units, snip_scores
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+__all__ = ["FilterSparsity", "snip_scores", "sparsity_callback", "sparsity_report"]
+
+Init = Literal["snip", "snip_random"]
+Growth = Literal["random", "gradient"]
+_STEPS = "filter_sparsity_steps"
+"""Entry of the optimizer's first parameter group: the count of steps travels with every checkpoint of the optimizer."""
+
+
+class FilterSparsity:
+    """Keeps a fixed share of each layer's filters in use, and moves it to where it serves best.
+
+    The unit is one n x n filter of one channel in one path. The masks are buffers of the model: they are saved and
+    loaded with it. Filters that are not in use contribute nothing, get no gradient and have zeros as weights; when they
+    grow they start from these zeros, and with zeros in the optimizer's state. Everything is drawn from the seed and the
+    count of steps; under ``torch.distributed`` all ranks have the masks of rank 0.
+
+    Args:
+        model: has converted layers (:class:`ShiftwiseConv2d`, in either mode). Frozen layers are left as they are.
+        sparsity: the share of filters out of use, 0 to below 1 (the paper: 0.3; #27 of its Table 9: 0.2).
+        only_L: large kernels only (the paper's "only L"). False: also, with a threshold of their own, the weights of
+            ordinary convolutions and linear layers, each by itself as in SLaK, and the filters of small kernels.
+        init: ``"snip"`` keeps the filters with the best scores; ``"snip_random"`` as many in each layer, but drawn at
+            random, which is for training from scratch only (SLaK, section 3).
+        growth: ``"random"``, or ``"gradient"`` for the filters with the largest sum of absolute gradients in that step.
+        adaptation_rate: the share of the used filters that is exchanged in an update (SLaK: 0.3).
+        total_steps: over how many steps the rate falls to 0 as half a cosine; None keeps it constant.
+        update_frequency: steps of the optimizer from one update to the next (the paper's u: 100; SLaK-T: 2000).
+        sparse_gap: parallel paths get a common mask in every so many-th update, and are free in between.
+        seed: of everything that is drawn; 0 or more.
+
+    Raises:
+        NoLargeKernelError: there is nothing to mask.
+        NotImplementedError: parameters that are sharded over processes.
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsity: float = 0.3,
+        *,
+        only_L: bool = True,
+        init: Init = "snip",
+        growth: Growth = "random",
+        adaptation_rate: float = 0.3,
+        total_steps: int | None = None,
+        update_frequency: int = 100,
+        sparse_gap: int = 131,
+        seed: int = 0,
+    ) -> None:
+        for name, value, allowed in (("init", init, get_args(Init)), ("growth", growth, get_args(Growth))):
+            if value not in allowed:
+                raise ValueError(f"FilterSparsity: {name} {value!r}, expected one of {allowed}")
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"FilterSparsity: sparsity {sparsity}, expected a share of at least 0 and below 1")
+        if not 0 < adaptation_rate <= 1:
+            raise ValueError(f"FilterSparsity: adaptation_rate {adaptation_rate}, expected a share above 0, at most 1")
+        counts = {
+            "update_frequency": update_frequency,
+            "sparse_gap": sparse_gap,
+            "total_steps": 1 if total_steps is None else total_steps,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"FilterSparsity: {name} {count}, expected at least 1")
+        if seed < 0:
+            raise ValueError(f"FilterSparsity: seed {seed}, expected 0 or more")
+        self.model, self.sparsity, self.init, self.growth = model, sparsity, init, growth
+        self.adaptation_rate, self.total_steps = adaptation_rate, total_steps
+        self.update_frequency, self.sparse_gap, self.seed = update_frequency, sparse_gap, seed
+        self.steps = 0
+        self._groups = trainable_layers(model, only_L=only_L)
+        self._layers = [layer for group in self._groups for layer in group]
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._hooks: list[Any] = []
+        self._exploring = False
+        self._gradients: dict[MaskedLayer, Tensor] = {}
+        self._sparse = False
+        for layer in self._layers:
+            layer.create_mask()
+            if not isinstance(layer.owner, MaskedTiles):
+                layer.weight.register_hook(lambda grad, layer=layer: self._masked_gradient(layer, grad))
+
+    # ---- before training ----
+
+    def initialise(self, batch: Batch) -> None:
+        """Chooses the first masks by SNIP: ``|g * w|`` of one batch, averaged over each filter and parallel paths.
+
+        One threshold for all large kernels (and one for the rest, if they are masked) leaves ``1 - sparsity`` of the
+        filters; so layers end up with different shares. No layer is emptied. Parallel paths begin with a common mask.
+        Filters that are not in use already have no weight, hence no score.
+
+        Args:
+            batch: :data:`Batch`. The model runs in the mode it is in; its BatchNorms' statistics are left as they were.
+                Give the plain model, not one wrapped for distributed training.
+
+        Raises:
+            ValueError: no scalar loss that depends on the model, or gradients that are not finite.
+        """
+        scores = dict(zip(self._layers, snip_scores(self.model, self._layers, batch), strict=True))
+        rng = np.random.default_rng((self.seed, 0))
+        masks: dict[MaskedLayer, Tensor] = {}
+        for large in (True, False):
+            groups = [group for group in self._groups if group[0].large is large]
+            if not groups:
+                continue
+            means = [torch.stack([scores[layer] for layer in group]).mean(0) for group in groups]
+            for group, mask in zip(groups, above_one_threshold(means, 1 - self.sparsity), strict=True):
+                if self.init == "snip_random":
+                    mask = best_units(_uniform(rng, mask), torch.ones_like(mask), int(mask.sum()))
+                masks |= dict.fromkeys(group, mask)
+        self._set(masks)
+
+    def rate(self, step: int) -> float:
+        """The share of the used filters that an update after ``step`` steps exchanges."""
+        if self.total_steps is None:
+            return self.adaptation_rate
+        return self.adaptation_rate * (1 + math.cos(math.pi * min(1.0, step / self.total_steps))) / 2
+
+    # ---- in training ----
+
+    def attach(self, optimizer: Any) -> FilterSparsity:
+        """Does :meth:`step` after each ``optimizer.step()`` from here on, and resets the state of filters that grow.
+
+        The count of steps is kept in the optimizer's first parameter group, so that a checkpoint of model and optimizer
+        is all that a run needs to continue, whoever writes it. Gradients may be accumulated; steps that a gradient
+        scaler skips do not count.
+
+        Args:
+            optimizer: a ``torch.optim.Optimizer`` that holds the masked weights; wrappers of Accelerate and timm's
+                Lookahead are looked through. State of another shape than the weight (Adafactor's) is not reset.
+
+        Raises:
+            ValueError: attached already, no optimizer, or one that does not hold a masked weight.
+        """
+        while (inner := _inner(optimizer)) is not None:
+            optimizer = inner
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"FilterSparsity.attach: got {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+        if self._optimizer is not None:
+            raise ValueError("FilterSparsity.attach: already attached to an optimizer; call detach() first")
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        for layer in self._layers:
+            if layer.weight not in held:
+                raise ValueError(
+                    f"{layer.path}: the optimizer does not hold its weight; expected all masked layers there. "
+                    "Make the optimizer after convert(), or freeze the layer before FilterSparsity(...)"
+                )
+        self._optimizer = optimizer
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            optimizer.register_load_state_dict_post_hook(self._resume),
+        ]
+        self._resume(optimizer)
+        self._set({layer: _mask(layer).clone() for layer in self._layers})
+        return self
+
+    def detach(self) -> None:
+        """Undoes :meth:`attach`. The masks stay."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._optimizer = [], None
+        self._explore(False)
+
+    def step(self) -> None:
+        """Counts one step, and prunes and grows when it is time. Call it after the optimizer's step, if not attached.
+
+        Raises:
+            ValueError: attached (it would count twice), growth by gradient (which needs to see the gradients before
+                the step), or no mask has been chosen yet.
+        """
+        if self._optimizer is not None:
+            raise ValueError("FilterSparsity.step: attached, so optimizer.step() counts already; remove this call")
+        if self.growth == "gradient":
+            raise ValueError("FilterSparsity.step: growth 'gradient' works attached only; call attach(optimizer)")
+        self._after_step()
+
+    def state_dict(self) -> dict[str, int]:
+        """What belongs to a checkpoint beside the model's state_dict, if no attached optimizer is saved."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: not what ``state_dict`` returned.
+        """
+        if not isinstance(state, dict) or not isinstance(state.get("steps"), int):
+            raise ValueError(f"FilterSparsity.load_state_dict: got {state!r}, expected {{'steps': a number}}")
+        self.steps = state["steps"]
+        self._record()
+
+    # ---- how ----
+
+    def _due(self, step: int) -> bool:
+        return step > 0 and step % self.update_frequency == 0 and self.rate(step) > 0
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        """Takes the gradients of filters that are not in use for the growth, and hides them from the optimizer."""
+        if not self._exploring:
+            return
+        for layer in self._layers:
+            grad = layer.weight.grad
+            if grad is not None:
+                self._gradients[layer] = layer.sums(grad)
+                grad.masked_fill_(~layer.spread(_mask(layer)), 0)
+        self._explore(False)
+
+    def _after_step(self) -> None:
+        if not self._sparse and self.sparsity:
+            if all(bool(_mask(layer).all()) for layer in self._layers):
+                raise ValueError(
+                    "FilterSparsity.step: every filter is in use, no mask has been chosen; "
+                    "call initialise(...) before training, or load the state_dict of a sparse model"
+                )
+            self._sparse = True
+        self.steps += 1
+        if self._due(self.steps):
+            self._update()
+        self._record()
+
+    def _record(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.param_groups[0][_STEPS] = self.steps
+            self._explore(self.growth == "gradient" and self._due(self.steps + 1))
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> None:
+        self.steps = optimizer.param_groups[0].get(_STEPS, self.steps)
+        self._record()
+
+    def _explore(self, on: bool) -> None:
+        """Lets filters that are not in use have gradients, or not."""
+        self._exploring = on
+        for layer in self._layers:
+            if isinstance(layer.owner, MaskedTiles):
+                layer.owner.explores = on
+
+    def _masked_gradient(self, layer: MaskedLayer, grad: Tensor) -> Tensor:
+        return grad if self._exploring else grad.masked_fill(~_mask(layer), 0)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Prunes and grows: together in all paths of a module every ``sparse_gap``-th time, else in each alone."""
+        rng = np.random.default_rng((self.seed, self.steps))
+        together = (self.steps // self.update_frequency) % self.sparse_gap == 0
+        masks: dict[MaskedLayer, Tensor] = {}
+        for group in self._groups:
+            for part in [group] if together else [[layer] for layer in group]:
+                mask = self._renewed(part, rng)
+                masks |= dict.fromkeys(part, mask)
+        self._gradients.clear()
+        self._set(masks)
+
+    def _renewed(self, layers: Sequence[MaskedLayer], rng: np.random.Generator) -> Tensor:
+        """The next mask of a layer, or the common one of parallel paths, with as many filters as before."""
+        magnitude = torch.stack([layer.sums(layer.weight) for layer in layers]).sum(0)  # magnitude_sum
+        used, *others = [_mask(layer) for layer in layers]
+        count = int(used.sum())
+        if others:
+            if any(int(mask.sum()) != count for mask in others):
+                raise ValueError(
+                    f"{layers[0].path}: the parallel paths do not use equally many filters, so that they cannot get a "
+                    "common mask; expected masks of FilterSparsity, call initialise(...)"
+                )
+            used = best_units(magnitude, torch.stack([used, *others]).any(0), count)
+        # A filter just pruned does not grow at once: that would only set it to zero.
+        exchanged = min(int(self.rate(self.steps) * count), used.numel() - count)
+        kept = best_units(magnitude, used, count - exchanged)
+        if self.growth == "random":
+            promise = _uniform(rng, used)
+        else:
+            promise = sum((self._gradients[layer] for layer in layers if layer in self._gradients), torch.zeros(()))
+            promise = promise.to(used.device).expand(used.shape)
+        return kept | best_units(promise, ~used, exchanged)
+
+    @torch.no_grad()
+    def _set(self, masks: dict[MaskedLayer, Tensor]) -> None:
+        """Puts the masks of rank 0 in place. What was not in use both before and after starts from zero."""
+        for layer, mask in of_first_rank(masks).items():
+            own, weight = _mask(layer), layer.weight
+            fresh = layer.spread(~(own & mask))
+            own.copy_(mask)
+            weight.masked_fill_(fresh, 0)
+            for value in (self._optimizer.state.get(weight, {}) if self._optimizer else {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
+                    value.masked_fill_(fresh, 0)
+
+
+def sparsity_callback(sparsity: FilterSparsity) -> TrainerCallback:
+    """For Hugging Face's ``Trainer(..., callbacks=[sparsity_callback(sparsity)])``; also where a run is resumed.
+
+    Call ``sparsity.initialise(...)`` before ``trainer.train()``. Without ``total_steps`` the rate falls to zero over
+    the steps of the training.
+    """
+    from transformers import TrainerCallback
+
+    class SparsityCallback(TrainerCallback):
+        """Attaches to the optimizer for as long as the training runs."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if sparsity.total_steps is None:
+                sparsity.total_steps = state.max_steps
+            sparsity.attach(kwargs["optimizer"])
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            sparsity.detach()
+
+    return SparsityCallback()
+
+
+def _mask(layer: MaskedLayer) -> Tensor:
+    mask = layer.mask
+    if mask is None:
+        raise ValueError(f"{layer.path}: its mask is gone, expected the one that FilterSparsity made; make a new one")
+    return mask
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer that a wrapper steps: Accelerate's, or timm's Lookahead; None where it is none."""
+    return getattr(optimizer, "optimizer", None) or getattr(optimizer, "_base_optimizer", None)
+
+
+def _uniform(rng: np.random.Generator, like: Tensor) -> Tensor:
+    return torch.from_numpy(rng.random(tuple(like.shape))).to(like.device)
