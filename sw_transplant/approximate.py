@@ -1,14 +1,14 @@
 """Mode ``shiftwise``: the paper's module in the place of large kernels, as close to them as its shared bank allows.
 
 A bank of T tiles that both strips share, and that E edges place in random orders, cannot make every kernel. What it
-makes is linear in the bank, so the closest kernel is a least-squares problem per channel (:mod:`sw_transplant.sharing`).
-Of a square kernel it finds the best cross-shaped part. The channels that lose least by bypassing the module become the
-ghosts.
+makes is linear in the bank, so the closest kernel is a least-squares problem per channel
+(:mod:`sw_transplant.sharing`). Of a square kernel it finds the best cross-shaped part. The channels that lose least by
+bypassing the module become the ghosts.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -41,6 +41,7 @@ class SharedSpec:
     edges: int
     paths: int
     ghosts: tuple[int, ...]
+    residual: bool
     seed: int
     energy_kept: float
 
@@ -69,6 +70,7 @@ class SharedSpec:
             edges=self.edges,
             paths=self.paths,
             ghost=self.ghosts or 0.0,
+            residual=self.residual,
             stride=match.stride,
             seed=self.seed,
             form=form,
@@ -109,12 +111,16 @@ def build_shared(original: ShiftwiseConv2d, match: Match, config: SWConfig) -> S
     kernels, bias = original.kernels()
     target = reduce(add_kernels, kernels)
     tile = config.tile or DEFAULT_TILE
-    spec = SharedSpec(max(original.kernel_size), tile, config.edges, config.paths, (), config.seed, 0.0)
     like = next(original.parameters())
-    whole = spec.build(match, form="assembled", device=torch.device("cpu"), dtype=torch.float64)
-    bank, kept = _closest(whole, target)
-
     energy = target.weight.double().cpu().square().sum((1, 2, 3))
+    # The module of the paper adds its input. A kernel without a marked centre is met better without that.
+    solved = []
+    for residual in (True, False):
+        spec = SharedSpec(max(original.kernel_size), tile, config.edges, config.paths, (), residual, config.seed, 0.0)
+        whole = spec.build(match, form="assembled", device=torch.device("cpu"), dtype=torch.float64)
+        solved.append((spec, whole, *_closest(whole, target)))
+    spec, whole, bank, kept = max(solved, key=lambda attempt: float((attempt[3] * energy).sum()))
+
     bypassed = _minus_identity(target).double().cpu().square().sum((1, 2, 3))  # what a ghost would miss
     missed = (1 - kept) * energy
     cheapest = (bypassed - missed).argsort(stable=True)
@@ -124,7 +130,7 @@ def build_shared(original: ShiftwiseConv2d, match: Match, config: SWConfig) -> S
     total = energy.sum()
     share_kept = float(1 - lost / total) if total > 0 else 1.0
 
-    spec = SharedSpec(spec.kernel_size, tile, config.edges, config.paths, ghosts, config.seed, share_kept)
+    spec = replace(spec, ghosts=ghosts, energy_kept=share_kept)
     module = spec.build(match, form=config.form, device=like.device, dtype=like.dtype)
     orders = (whole.horizontal[:, active], whole.vertical[:, active], whole.identity[:, active])
     module.set_orders(*orders)  # those that the bank was solved for

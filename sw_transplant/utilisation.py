@@ -30,8 +30,10 @@ def utilisation(module: ShiftwiseConv2d, map_size: int | Size) -> Utilisation:
 
     Off a map that is smaller than the kernel, shifts move most of a tile's responses: of those of the published network
     a strip with one edge uses 29% on 14 x 14 maps and 46% on 7 x 7 maps. Four edges with orders of their own use 95%
-    and more, all branches taken together. Counted are the responses whose filter is centred on the map, H x W for each tile; what padding adds around
-    them is not. Filters that are masked in all paths have no output. All edges count alike, whatever their gain.
+    and more, all branches taken together.
+
+    Counted are the responses whose filter is centred on the map, H x W for each tile; what padding adds around them is
+    not. Filters that are masked in all paths have no output. All edges count alike, whatever their gain.
 
     Args:
         module: the paper's module, or any other converted layer.

