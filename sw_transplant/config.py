@@ -64,6 +64,17 @@ class SWConfig:
         return asdict(self)
 
     @classmethod
+    def preset(cls, name: str) -> SWConfig:
+        """A step of the paper's evolution table: ``"sw#0"`` to ``"sw#27"``, see :data:`presets.PRESETS`.
+
+        Raises:
+            ValueError: there is no such step.
+        """
+        from .presets import preset
+
+        return preset(name)
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SWConfig:
         """Inverse of :meth:`to_dict`.
 

@@ -22,8 +22,8 @@ def summary(model: nn.Module, config: SWConfig | None = None, *, select: Select 
         config, select: as for :func:`convert`.
 
     Returns:
-        Text. For Shiftwise layers: kernels, tiles, parameters, which share of the original kernels' energy they keep (all
-        of it in mode ``"laid_out"``), and the form that runs (:mod:`sw_transplant.forms`).
+        Text. For Shiftwise layers: kernels, tiles, parameters, the share of the original kernels' energy that they keep
+        (all of it in mode ``"laid_out"``), and the form that runs (:mod:`sw_transplant.forms`).
     """
     parts = []
     if any(isinstance(module, ShiftwiseConv2d) for module in model.modules()):

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from sw_transplant import SWConfig
+from sw_transplant.presets import PRESETS
 
 
 def test_round_trip_through_json():
@@ -37,3 +38,17 @@ def test_unknown_fields_are_refused():
         SWConfig.from_dict({"colour": 2})
     with pytest.raises(ValueError, match=r"expected an object"):
         SWConfig.from_dict([1])
+
+
+def test_presets_are_the_steps_of_the_paper():
+    assert SWConfig.preset("sw#1") == SWConfig(mode="laid_out", tile=5, form="shift")
+    assert SWConfig.preset("sw#11") == SWConfig(mode="shiftwise", tile=3, edges=4, paths=2, ghost=0.0)
+    assert SWConfig.preset("sw#24").ghost == 0.23
+    assert {name: (step.accuracy_120, step.accuracy_300) for name, step in PRESETS.items() if step.accuracy_300} == {
+        "sw#20": (82.27, 82.70),
+        "sw#24": (82.27, 83.39),
+        "sw#26": (None, 82.99),
+        "sw#27": (None, 83.46),
+    }
+    with pytest.raises(ValueError, match=r"got 'sw#2', expected one of sw#0, sw#1, "):
+        SWConfig.preset("sw#2")
