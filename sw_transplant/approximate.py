@@ -116,7 +116,9 @@ def build_shared(original: ShiftwiseConv2d, match: Match, config: SWConfig) -> S
     # The module of the paper adds its input. A kernel without a marked centre is met better without that.
     solved = []
     for residual in (True, False):
-        spec = SharedSpec(max(original.kernel_size), tile, config.edges, config.paths, (), residual, config.seed, 0.0)
+        spec = SharedSpec(
+            max(original.kernel_size), tile, config.edge_count, config.paths, (), residual, config.seed, 0.0
+        )
         whole = spec.build(match, form="assembled", device=torch.device("cpu"), dtype=torch.float64)
         solved.append((spec, whole, *_closest(whole, target)))
     spec, whole, bank, kept = max(solved, key=lambda attempt: float((attempt[3] * energy).sum()))

@@ -28,8 +28,11 @@ class SWConfig:
             convolutions, then shift and add. ``"assembled"`` shifts the weights instead of the features: one depthwise
             convolution, no extra memory. ``"auto"`` chooses. All give the same function; it can be changed
             at any time through ``ShiftwiseConv2d.form``.
-        edges, paths, ghost, seed: of mode ``"shiftwise"`` only: the paper's E = 4 orders of the tiles, its 2 parallel
-            banks, its fraction 0.23 of channels that bypass the module, and the seed of everything that is drawn.
+        edges: E, how many orders place the tiles. ``None``: 1 in mode ``"laid_out"``, 4 (the paper's) in mode
+            ``"shiftwise"``. More than 1 in mode ``"laid_out"`` adds edges of random order with a gain of 0: the
+            function stays the same until training makes them grow.
+        paths, ghost, seed: of mode ``"shiftwise"`` only: the paper's 2 parallel banks, its fraction 0.23 of channels
+            that bypass the module, and the seed of everything that is drawn.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -39,7 +42,7 @@ class SWConfig:
     min_kernel: int = 7
     tile: int | None = None
     form: Form = "auto"
-    edges: int = 4
+    edges: int | None = None
     paths: int = 2
     ghost: float = 0.23
     seed: int = 123
@@ -49,15 +52,23 @@ class SWConfig:
             raise ValueError(f"SWConfig.mode: got {self.mode!r}, expected one of {get_args(Mode)}")
         if self.form not in get_args(Form):
             raise ValueError(f"SWConfig.form: got {self.form!r}, expected one of {get_args(Form)}")
-        for name in ("min_kernel", "edges", "paths"):
+        for name in ("min_kernel", "paths"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"SWConfig.{name}: got {getattr(self, name)!r}, expected an integer of at least 1")
         if not isinstance(self.ghost, float | int) or not 0 <= self.ghost < 1:
             raise ValueError(f"SWConfig.ghost: got {self.ghost!r}, expected a fraction from 0 to below 1")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
             raise ValueError(f"SWConfig.seed: got {self.seed!r}, expected an integer from 0 to below 2**32")
-        if self.tile is not None and not _is_count(self.tile):
-            raise ValueError(f"SWConfig.tile: got {self.tile!r}, expected None or an integer of at least 1")
+        for name in ("tile", "edges"):
+            if getattr(self, name) is not None and not _is_count(getattr(self, name)):
+                raise ValueError(
+                    f"SWConfig.{name}: got {getattr(self, name)!r}, expected None or an integer of at least 1"
+                )
+
+    @property
+    def edge_count(self) -> int:
+        """``edges``, or what None stands for in this mode."""
+        return self.edges or (4 if self.mode == "shiftwise" else 1)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""

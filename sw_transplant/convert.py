@@ -112,6 +112,8 @@ def build(site: nn.Module, match: Match, *, form: str) -> ShiftwiseConv2d:
     parameters = dict(site.named_parameters(remove_duplicate=False))
     weights = [_take(parameters, b.weight, _weight_shape(match, b), match) for b in match.branches if b.weight]
     branches = [_branch(site, match, source, parameters, like=weights[0]) for source in match.branches]
+    if match.edges > 1:
+        branches = [b if b.is_identity else b.with_edges(match.edges, seed=i) for i, b in enumerate(branches)]
     module = ShiftwiseConv2d(match.in_channels, match.out_channels, match.stride, branches, form=form, match=match)
     module.training = module.branches.training = site.training
     for branch in branches:

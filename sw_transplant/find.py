@@ -229,7 +229,9 @@ class _Search:
             for b in sources
             if b.weight is not None
         )
-        after = before + out_channels * (taps_after - taps_before)
+        edges = self.config.edge_count
+        gains = len(convolutions) * edges if edges > 1 else 0
+        after = before + out_channels * (taps_after - taps_before) + gains
         if self.config.mode == "shiftwise":
             after = shared_parameters(out_channels, max(largest), self.config)
         return Match(
@@ -242,6 +244,7 @@ class _Search:
             branches=sources,
             parameters_before=before,
             parameters_after=after,
+            edges=1 if self.config.mode == "shiftwise" else edges,
         )
 
 

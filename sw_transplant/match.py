@@ -44,6 +44,7 @@ class Match:
         in_channels, out_channels, stride: of the convolution.
         branches: its parallel branches, in the order of their sum.
         parameters_before, parameters_after: numbers of parameters, those of BatchNorms included.
+        edges: how many orders place the tiles of a laid-out branch; all but the first start at a gain of 0.
     """
 
     path: str
@@ -55,6 +56,7 @@ class Match:
     branches: tuple[SourceBranch, ...]
     parameters_before: int
     parameters_after: int
+    edges: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The match, ready for JSON."""

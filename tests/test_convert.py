@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sw_transplant import NoLargeKernelError, ShiftwiseConv2d, SWConfig, convert, summary
+from sw_transplant import NoLargeKernelError, ShiftwiseConv2d, SWConfig, convert, load, save, summary
 from tests.test_find import Functional, Parallel, Residual, SelfPadding, conv, conv_bn
 
 surgery = sys.modules["sw_transplant.convert"]  # the package's attribute of that name is the function
@@ -226,3 +226,27 @@ def test_summary_shows_converted_layers_and_what_runs():
     assert "shift" in text
     assert "No large depthwise" not in text
     assert "7x7" in summary(nn.Sequential(conv()))
+
+
+@pytest.mark.parametrize("form", ["shift", "assembled"])
+@pytest.mark.parametrize("tile", [3, 5])
+def test_edges_at_gain_zero_keep_the_function_and_can_learn(form, tile, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(Parallel(conv_bn(size=13), conv_bn(size=5)), nn.ReLU(), conv(size=9)).double()
+    converted = convert(model, SWConfig(form=form, tile=tile, edges=3))
+    (match, _) = surgery.inspect_model(model, SWConfig(tile=tile, edges=3)).matches
+    assert match.parameters_after == sum(p.numel() for p in converted[0].parameters())
+    x = torch.randn(2, 4, 12, 11, dtype=torch.float64)
+    for mode in (True, False):
+        model.train(mode)
+        converted.train(mode)
+        y, expected = converted(x), model(x)
+        assert (y - expected).norm() <= 1e-12 * expected.norm()
+    y.square().sum().backward()
+    gain = converted[2].branches[0].gain
+    assert gain.tolist() == [1, 0, 0]
+    assert (gain.grad != 0).all()
+    with torch.no_grad():
+        gain += 0.5
+    save(converted, tmp_path)
+    assert torch.equal(load(model, tmp_path)(x), converted(x))
