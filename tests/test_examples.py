@@ -184,3 +184,13 @@ def upernet() -> nn.Module:
         backbone_config=backbone, hidden_size=16, num_labels=3, pool_scales=[1, 2], use_auxiliary_head=False
     )
     return transformers.UperNetForSemanticSegmentation(config)
+
+
+def test_the_papers_module_recovers_by_fine_tuning(tmp_path: Path) -> None:
+    output = run("finetune_shiftwise.py", "--epochs", 1, cwd=tmp_path)
+    right = [int(count) for count in re.findall(r"^  \D+?(?:epoch 1)?\s+(\d+)(?:$|   \()", output, re.MULTILINE)]
+    original, converted, *_ = right
+    assert original > 0.97 * 450
+    assert converted > 0.8 * 450
+    assert "3x51 + 51x3 + 3x3" in output
+    assert int(re.findall(r"plain convolutions (\d+)", output)[0]) > 0.9 * 450

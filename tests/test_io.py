@@ -112,7 +112,7 @@ FILES = {
         "not the description of a converted",
     ),
     "layer unknown field": (
-        lambda f: edit(f, lambda d: d["layers"][0].update(edges=4)),
+        lambda f: edit(f, lambda d: d["layers"][0].update(colour=4)),
         "not the description of a conv",
     ),
     "unknown form": (lambda f: edit(f, lambda d: d["layers"][0].update(form="warp")), "form: got 'warp'"),
