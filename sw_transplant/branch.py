@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .equivalence import assembly_index, grid_placements, lay_out, support
-from .forms import Placed
+from .forms import LiveTiles, Placed
 from .geometry import BranchGeometry, Extent, Size
 from .masks import MaskedTiles
 
@@ -49,13 +49,13 @@ class PlacedTiles:
         """The branch as tensors, to be added up; ``fold`` multiplies the BatchNorm's scale in, in float32 at least."""
         raise NotImplementedError
 
-    def _place(self, bank: Tensor, origin: Size, scale: Tensor | None) -> list[Placed]:
+    def _place(self, bank: Tensor, origin: Size, scale: Tensor | None, live: LiveTiles | None) -> list[Placed]:
         """One entry, or with a gain one for each edge; all of them hold the same bank."""
         extent = Extent(self.geometry.kernel_size, origin, self.geometry.dilation)
         gains = [None] if self.gain is None else [gain.reshape(-1) for gain in self.gain]
         rows = self.placements.chunk(len(gains), dim=1)
         return [
-            Placed(bank, table, index, extent, _product(scale, gain))
+            Placed(bank, table, index, extent, _product(scale, gain), live)
             for table, index, gain in zip(rows, self.index, gains, strict=True)
         ]
 
@@ -217,7 +217,7 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         if fold and self.bn is not None:
             scale, _ = batch_norm_affine(self.bn)
             bank = (bank.to(scale.dtype) * scale[:, None, None, None]).to(bank.dtype)
-        return self._place(bank, origin, None)
+        return self._place(bank, origin, None, self.live_tiles())
 
     def extra_repr(self) -> str:
         channels, tiles, n, _ = self.bank.shape

@@ -26,6 +26,18 @@ from .geometry import Extent, Size, enclose
 from .ops import shift_add
 
 
+class LiveTiles(NamedTuple):
+    """The tiles of a masked bank that are in use, at the front of every channel.
+
+    Attributes:
+        order: int64 ``(C, T')``, the tiles of each channel, those in use first; T' is how many the fullest one uses.
+        position: int32 ``(C, T)``, where in ``order`` a tile stands; -1 for one that is not in use.
+    """
+
+    order: Tensor
+    position: Tensor
+
+
 @dataclass(frozen=True)
 class Placed:
     """One linear branch: a bank, where its tiles go, and where the kernel they make lies over the map.
@@ -37,6 +49,7 @@ class Placed:
         extent: taps, padding before the map, dilation.
         scale: ``(C_out,)`` or ``(1,)``, what the branch's output is multiplied with; None for 1. Branches that place
             the same bank (the same tensor object) keep it apart from the bank, so that its responses serve them all.
+        live: which tiles are in use, where others can be left out; None for all.
     """
 
     bank: Tensor
@@ -44,6 +57,15 @@ class Placed:
     index: Tensor
     extent: Extent
     scale: Tensor | None = None
+    live: LiveTiles | None = None
+
+    @property
+    def live_bank(self) -> Tensor:
+        """The bank without tiles that no channel has in use: ``(C_out, T', n, n)``."""
+        if self.live is None:
+            return self.bank
+        channel = torch.arange(self.bank.shape[0], device=self.bank.device)[:, None]
+        return self.bank[channel, self.live.order]
 
 
 @dataclass(frozen=True)
@@ -83,7 +105,8 @@ def prepare_shift(outputs: Outputs) -> list[_TileGroup]:
     """Groups banks of equal tile and dilation, so that one convolution and one shift serve all their branches.
 
     A bank that several branches place is convolved once. Branches of one output share an entry of the shift unless
-    their scales differ.
+    their scales differ. Tiles that are not in use leave the convolution, as many as the fullest channel can spare, and
+    all of them leave the shift.
     """
     members: dict[tuple[int, Size], list[tuple[int, Placed]]] = {}
     for k, branches in enumerate(outputs):
@@ -91,25 +114,29 @@ def prepare_shift(outputs: Outputs) -> list[_TileGroup]:
             members.setdefault((branch.bank.shape[2], branch.extent.dilation), []).append((k, branch))
     groups = []
     for (tile, dilation), placed in members.items():
-        banks: list[Tensor] = []
+        banks: list[Placed] = []
         entries: list[tuple[int, Tensor | None, list[Tensor]]] = []
         for k, branch in placed:
-            if not any(bank is branch.bank for bank in banks):
-                banks.append(branch.bank)
-            which = next(i for i, bank in enumerate(banks) if bank is branch.bank)
-            offsets = _response_offsets(branch, sum(bank.shape[1] for bank in banks[:which]))
+            if not any(other.bank is branch.bank for other in banks):
+                banks.append(branch)
+            which = next(i for i, other in enumerate(banks) if other.bank is branch.bank)
+            offsets = _response_offsets(branch, sum(_tile_count(other) for other in banks[:which]))
             for entry, scale, tables in entries:
                 if entry == k and scale is branch.scale:
                     tables.append(offsets)
                     break
             else:
                 entries.append((k, branch.scale, [offsets]))
-        weight = (banks[0] if len(banks) == 1 else torch.cat(banks, dim=1)).reshape(-1, 1, tile, tile)
+        weight = torch.cat([branch.live_bank for branch in banks], dim=1).reshape(-1, 1, tile, tile)
         table = _stack_tables([tables for _, _, tables in entries])
-        tiles = sum(bank.shape[1] for bank in banks)
+        tiles = sum(_tile_count(branch) for branch in banks)
         ks, scales = [k for k, _, _ in entries], [scale for _, scale, _ in entries]
         groups.append(_TileGroup(weight, tiles, table, ks, scales, dilation))
     return groups
+
+
+def _tile_count(branch: Placed) -> int:
+    return branch.bank.shape[1] if branch.live is None else branch.live.order.shape[1]
 
 
 def _response_offsets(branch: Placed, first: int) -> Tensor:
@@ -119,7 +146,12 @@ def _response_offsets(branch: Placed, first: int) -> Tensor:
     """
     n = branch.bank.shape[2]
     (dh, dw), (top, left) = branch.extent.dilation, branch.extent.origin
-    tile, dy, dx = branch.placements.unbind(-1)
+    placements = branch.placements
+    if branch.live is not None:
+        placements = placements.expand(len(branch.live.position), -1, -1)
+    tile, dy, dx = placements.unbind(-1)
+    if branch.live is not None:
+        tile = torch.where(tile < 0, -1, branch.live.position.gather(1, tile.clamp(min=0).long()))
     y = dh * (dy + n - 1) - top
     x = dw * (dx + n - 1) - left
     return torch.stack([torch.where(tile < 0, -1, tile + first), y, x], dim=-1).to(torch.int32)  # (G, P, 3)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .forms import LiveTiles
 
 
 class MaskedTiles:
@@ -55,7 +58,56 @@ class MaskedTiles:
         tensors = chain(self.parameters(), self.buffers())  # type: ignore[attr-defined]
         return next(tensors).device  # type: ignore[no-any-return]
 
+    def live_tiles(self) -> LiveTiles | None:
+        """What the forms may leave out; None for nothing, as while the tiles that are not in use explore."""
+        if self.mask is None or self.explores:
+            return None
+        return self.__dict__.setdefault("_live_memo", LiveMemo())([self.mask])  # type: ignore[no-any-return]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.mask is None and f"{prefix}mask" in state_dict:  # saved after the masks were made
             self.mask = torch.ones(self.tile_count, dtype=torch.bool, device=self._mask_device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+
+
+class LiveMemo:
+    """Keeps what :class:`LiveTiles` a set of masks gives until one of them is written to or exchanged.
+
+    How many tiles the fullest channel uses decides on shapes, so that finding it has to wait for the device.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[list[tuple[Tensor, int]], LiveTiles | None] | None = None
+
+    def __call__(self, masks: Sequence[Tensor]) -> LiveTiles | None:
+        """The order that brings tiles to the front that any of the masks ``(C, T)`` has in use.
+
+        None where that is all of them, and while ``torch.compile`` traces, which makes no shapes from values.
+        """
+        if torch.compiler.is_compiling() or any(mask.is_meta for mask in masks):
+            return None
+        if any(mask.is_inference() for mask in masks):  # these do not count their changes
+            return _live_tiles(masks)
+        if self._known is None or not _unchanged(self._known[0], masks):
+            self._known = ([(mask, mask._version) for mask in masks], _live_tiles(masks))
+        return self._known[1]
+
+    def __reduce__(self) -> Any:
+        return LiveMemo, ()  # copies and pickles start anew
+
+
+def _unchanged(known: list[tuple[Tensor, int]], masks: Sequence[Tensor]) -> bool:
+    return len(known) == len(masks) and all(
+        old is mask and version == mask._version for (old, version), mask in zip(known, masks, strict=True)
+    )
+
+
+def _live_tiles(masks: Sequence[Tensor]) -> LiveTiles | None:
+    used = torch.stack(list(masks)).any(0)
+    if bool(used.all()):
+        return None
+    most = max(int(used.sum(1).max()), 1)  # a convolution needs a filter
+    order = (~used).to(torch.uint8).argsort(dim=1, stable=True)
+    place = torch.arange(used.shape[1], device=used.device).expand_as(order)
+    position = torch.empty_like(order).scatter_(1, order, place)
+    return LiveTiles(order[:, :most].contiguous(), torch.where(used, position, -1).to(torch.int32))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .branch import PlacedTiles, batch_norm_affine
-from .forms import Placed
+from .forms import LiveTiles, Placed
 from .geometry import BranchGeometry, Size
 from .masks import MaskedTiles
 
@@ -75,11 +75,13 @@ class BranchView(PlacedTiles):
         bn: nn.Module | None,
         gain: Tensor | None,
         is_identity: bool = False,
+        live: LiveTiles | None = None,
     ) -> None:
         self.geometry, self.placements, self.index, self.bn, self.gain = geometry, placements, index, bn, gain
         self.bias = None
         self._source = source
         self._is_identity = is_identity
+        self._live = live
 
     @property
     def bank(self) -> Tensor:  # type: ignore[override]
@@ -93,7 +95,7 @@ class BranchView(PlacedTiles):
     def placed(self, origin: Size, *, fold: bool) -> list[Placed]:
         """The branch as tensors; the BatchNorm's scale stays beside the bank, which other branches place too."""
         scale = batch_norm_affine(self.bn)[0] if fold and self.bn is not None else None
-        return self._place(self.bank, origin, scale)
+        return self._place(self.bank, origin, scale, self._live)
 
 
 class Once:

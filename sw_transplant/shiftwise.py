@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .branch import PlacedTiles, edge_indices
-from .forms import DenseKernel
+from .forms import DenseKernel, LiveTiles
 from .geometry import BranchGeometry, Extent, Size
+from .masks import LiveMemo
 from .modules import ShiftwiseConv2d
 from .orders import PUBLISHED_SEED, active_channels, branch_tables, draw_orders
 from .shared_bank import BranchView, Once, TilePath
@@ -165,6 +166,13 @@ class SWConv2d(ShiftwiseConv2d):
         masks = [path.mask for path in self.paths if path.mask is not None]
         return torch.stack(masks).any(0) if masks and len(masks) == len(self.paths) else None
 
+    def _live_tiles(self) -> LiveTiles | None:
+        """Which tiles the forms may leave out: those that no path has in use, or lets explore."""
+        masks = [path.mask for path in self.paths if path.mask is not None]
+        if len(masks) < len(self.paths) or any(path.explores for path in self.paths):
+            return None
+        return self.__dict__.setdefault("_live_memo", LiveMemo())(masks)  # type: ignore[no-any-return]
+
     @property
     def branches(self) -> Any:
         """The branches: views of the parameters; once the kernels are merged, modules."""
@@ -177,7 +185,7 @@ class SWConv2d(ShiftwiseConv2d):
     def _branches(self) -> Sequence[PlacedTiles]:
         if self.merged:
             return list(self._modules["branches"])  # type: ignore[call-overload]
-        bank = Once(lambda: self.bank)
+        bank, live = Once(lambda: self.bank), self._live_tiles()
         views = [
             BranchView(
                 geometry,
@@ -186,6 +194,7 @@ class SWConv2d(ShiftwiseConv2d):
                 getattr(self, f"{name}_index"),
                 self.norm(name),
                 None if self.gain is None else self.gain[i],
+                live=live,
             )
             for i, (name, geometry) in enumerate(zip(BRANCHES, self._geometries, strict=True))
         ]

@@ -13,6 +13,7 @@ from torch import nn
 
 from sw_transplant import NoLargeKernelError, ShiftwiseConv2d, SWConfig, convert
 from sw_transplant.branch import Branch
+from sw_transplant.forms import prepare_shift
 from sw_transplant.geometry import BranchGeometry
 from sw_transplant.masked_layers import ELEMENT_MASK, masked_layers
 from sw_transplant.shared_bank import TilePath
@@ -649,3 +650,43 @@ def test_paths_of_unequal_counts_cannot_share_a_mask():
     model.stages[0].paths[1].mask.fill_(True)
     with pytest.raises(ValueError, match=r"stages.0.paths.0: the parallel paths do not use equally many filters"):
         sparsity.step()
+
+
+@pytest.mark.parametrize("build", ["laid_out", "shiftwise"])
+def test_tiles_out_of_use_leave_the_convolution_of_the_shift_form(build: str) -> None:
+    torch.manual_seed(0)
+    if build == "laid_out":
+        module = convert(nn.Conv2d(4, 4, 15, padding=7, groups=4), SWConfig(tile=3, form="shift")).double()
+        holders = [module.branches[0]]
+    else:
+        module = SWConv2d(4, 51, ghost=0.0, masked=True, form="shift", dtype=torch.float64)
+        holders = module.paths
+    x = torch.randn(2, 4, 12, 10, dtype=torch.float64)
+    channels, tiles = holders[0].tile_count
+    used = torch.zeros(channels, tiles, dtype=torch.bool)
+    used[0, [1, 3, 4]] = used[2, [0, 2]] = True  # the fullest channel has three
+    for holder in holders:
+        holder.set_mask(used)
+
+    def shares() -> list[int]:
+        plan = prepare_shift([branch.placed((0, 0), fold=False) for branch in module._branches()][:1])
+        return [group.tiles for group in plan]
+
+    def agrees() -> bool:
+        module.form = "shift"
+        y = module(x)
+        module.form = "assembled"
+        return torch.allclose(y, module(x), rtol=0, atol=1e-12)
+
+    assert shares() == [3]
+    assert agrees()
+    module(x).sum().backward()
+    grad = module.branches[0].bank.grad if build == "laid_out" else module.paths[0].weight.grad.unflatten(0, (4, -1))
+    assert torch.equal(grad.reshape(channels, tiles, -1).abs().sum(2) > 0, used)
+    holders[0].mask[1, :5] = True  # grown, in place
+    assert shares() == [5]
+    assert agrees()
+    holders[0].explores = True
+    assert shares() == [tiles]
+    assert agrees()
+    assert copy.deepcopy(module)(x).equal(module(x))
