@@ -1,9 +1,9 @@
 """From SLaK to the paper's module: convert approximately, then fine-tune.
 
-`convert(model)` keeps the function. With `SWConfig(mode="shiftwise")` each block becomes the module of the ShiftwiseConv
-paper instead: one bank of 3 x 3 filters for both strips, four random orders, ghost channels. It cannot make every kernel;
-it starts from the closest that it can make, and a short training does the rest. Here with the small SLaK that this
-project trained on scikit-learn's digits.
+`convert(model)` keeps the function. With `SWConfig(mode="shiftwise")` each block becomes the module of the
+ShiftwiseConv paper instead: one bank of 3 x 3 filters for both strips, four random orders, ghost channels. It cannot
+make every kernel; it starts from the closest that it can make, and a short training does the rest. Here with the small
+SLaK that this project trained on scikit-learn's digits.
 
     python examples/finetune_shiftwise.py --epochs 3
 """
@@ -42,7 +42,8 @@ def main() -> None:
     start = time.perf_counter()
     for epoch in range(1, arguments.epochs + 1):
         train(model, data, optimizer, seed=epoch)
-        print(f"  after epoch {epoch}              {right(model, data)}   ({time.perf_counter() - start:.0f} s)", flush=True)
+        seconds = time.perf_counter() - start
+        print(f"  after epoch {epoch}              {right(model, data)}   ({seconds:.0f} s)", flush=True)
     merged = sw.merge(model)
     print(f"  merged to plain convolutions {right(merged, data)}")
 

@@ -12,7 +12,7 @@ import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from sw_transplant import NoLargeKernelError, SWConfig, convert, inspect_model, load, merge, save
+from sw_transplant import NoLargeKernelError, ShiftwiseConv2d, SWConfig, convert, inspect_model, load, merge, save
 from sw_transplant.equivalence import lay_out
 from sw_transplant.verify import bound_for
 from tests.acceptance import (
@@ -42,7 +42,7 @@ class Pair:
 
     @property
     def bound(self) -> float:
-        return bound_for(self.case.dtype)
+        return bound_for(self.case.dtype("eval"))
 
 
 def make_pair(one: Case, min_kernel: int) -> Pair:
@@ -99,27 +99,22 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 
 def test_the_layers_are_converted_and_nothing_else_changes(pair: Pair) -> None:
-    layers = shiftwise_layers(pair.converted)
-    assert len(layers) == pair.case.layers[pair.min_kernel]
+    assert len(shiftwise_layers(pair.converted)) == pair.case.layers[pair.min_kernel]
     assert_unchanged(pair.original, pair.before)
     assert type(pair.converted) is type(pair.original)
     assert inspect.signature(pair.converted.forward) == inspect.signature(pair.original.forward)
     for path, old, new in counterparts(pair.original, pair.converted):
         assert type(new) is type(old), path
         assert new is not old, path
-    untouched = {name for name in pair.original.state_dict() if not _inside(name, layers)}
-    state = pair.converted.state_dict()
-    assert untouched == {name for name in state if not _inside(name, layers)}
-    for name in untouched:
-        assert torch.equal(state[name], pair.original.state_dict()[name]), name
-
-
-def _inside(name: str, layers: dict[str, nn.Module]) -> bool:
-    return any(name.startswith(f"{path}.") for path in _places(layers))
-
-
-def _places(layers: dict[str, nn.Module]) -> list[str]:
-    return [place for path, layer in layers.items() for place in (path, *layer.match.aliases)]
+    everywhere = pair.converted.named_modules(remove_duplicate=False)
+    places = tuple(f"{path}." for path, module in everywhere if isinstance(module, ShiftwiseConv2d))
+    original, converted = (
+        {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(places)}
+        for model in (pair.original, pair.converted)
+    )
+    assert list(converted) == list(original)
+    for name, tensor in original.items():
+        assert torch.equal(converted[name], tensor), name
 
 
 def test_converting_again_changes_nothing(pair: Pair) -> None:
@@ -144,12 +139,13 @@ def test_same_function_in_eval_mode(pair: Pair) -> None:
 
 
 def test_same_step_in_train_mode(pair: Pair) -> None:
-    images = pair.case.images(pair.case.small, batch=2)
-    original, converted = (copy.deepcopy(model).train() for model in (pair.original, pair.converted))
+    dtype = pair.case.dtype("train")
+    images = pair.case.images(pair.case.small, batch=2).to(dtype)
+    original, converted = (copy.deepcopy(model).to(dtype).train() for model in (pair.original, pair.converted))
     expected, gradient, expected_rng = _step(pair.case, original, images)
     got, converted_gradient, rng = _step(pair.case, converted, images)
     assert torch.equal(rng, expected_rng), "a forward draws other random numbers"
-    bound = GRADIENT_FACTOR * pair.bound
+    bound = GRADIENT_FACTOR * bound_for(dtype)
     assert largest_error(got, expected) <= bound
     assert relative_rms(converted_gradient, gradient) <= bound
     kept = list(counterparts(original, converted))
@@ -270,11 +266,16 @@ def test_save_and_load(some: Pair, tmp_path) -> None:
     assert_equal_outputs(outputs(some.case, loaded), expected)
 
 
-def test_pickle_and_deepcopy(some: Pair, tmp_path) -> None:
+def test_deepcopy(some: Pair) -> None:
     expected = outputs(some.case, some.converted)
     assert_equal_outputs(outputs(some.case, copy.deepcopy(some.converted)), expected)
-    fresh = convert(some.case.model())  # transformers models cannot be pickled once they have run, converted or not
-    torch.save(fresh, tmp_path / "model.pt")
+
+
+def test_pickle(some: Pair, tmp_path) -> None:
+    if "UperNet" in some.case.name:
+        pytest.skip("transformers puts hooks that cannot be pickled into a backbone; nor can the original be")
+    expected = outputs(some.case, some.converted)
+    torch.save(some.converted, tmp_path / "model.pt")
     assert_equal_outputs(outputs(some.case, torch.load(tmp_path / "model.pt", weights_only=False)), expected)
 
 
@@ -289,7 +290,9 @@ def test_hooks_of_other_modules_fire(some: Pair) -> None:
     expected = list(calls)
     assert expected
     calls.clear()
-    outputs(some.case, convert(original))
+    converted = convert(original)
+    assert not calls, "the search called the model's hooks"
+    outputs(some.case, converted)
     assert calls == expected
 
 
