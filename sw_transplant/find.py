@@ -176,7 +176,7 @@ class _Search:
         """Why a module whose forward is a sum of branches cannot be replaced as a whole; None if it can."""
         inside = set(module.modules())
         for inner in inside:
-            if reason := interference(inner) or self._shared_parameters(inner):
+            if reason := self._shared_parameters(inner):
                 return reason
             if inner is not module and any(parent not in inside for parent, _ in self.places[inner]):
                 return f"its part {self.modules[inner]} is also used elsewhere"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .accept import conv_geometry, reason_against, static_padding
+from .accept import conv_geometry, interference, reason_against, static_padding
 from .geometry import BranchGeometry, Size
 
 
@@ -52,8 +52,11 @@ def linear_branches(module: nn.Module) -> list[LinearBranch]:
         The branches in the order of their sum.
 
     Raises:
-        NotLinearError: the forward cannot be traced, or does anything else.
+        NotLinearError: the forward cannot be traced, or does anything else; or a part has hooks or the like.
     """
+    for inner in module.modules():
+        if reason := interference(inner):  # not even traced: that would call the hooks
+            raise NotLinearError(reason)
     train, evaluation = (_read(module, mode) for mode in (True, False))
     if train != evaluation:
         raise NotLinearError("its forward differs between train and eval mode")
