@@ -7,6 +7,7 @@ the two steps, enter it in ``FORMS`` and teach :func:`choose_form` when to take 
     form        prepare                                             execute
     shift       concatenates distinct banks of equal tile, dilation small convolutions, then shift and add (the paper)
     assembled   puts the tiles at their placements: large kernels   depthwise convolution with these kernels
+    toeplitz    the same                                            one pass of Toeplitz products on tensor cores
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from .equivalence import gather_kernel
 from .geometry import Extent, Size, enclose
-from .ops import shift_add
+from .ops import shift_add, toeplitz_conv
 
 
 class LiveTiles(NamedTuple):
@@ -262,6 +263,27 @@ def _convolve(x: Tensor, kernel: DenseKernel, bias: Tensor | None, geometry: Geo
     return F.conv2d(x, kernel.weight, bias, geometry.stride, padding, kernel.extent.dilation, x.shape[1])
 
 
+# ---- toeplitz: the assembled kernels in one pass ---------------------------------------------------------------------
+
+
+def execute_toeplitz(x: Tensor, plan: list[list[DenseKernel]], biases: Biases, geometry: Geometry) -> list[Tensor]:
+    """All kernels of an output in one operator (:func:`ops.toeplitz_conv`); as assembled where that does not apply.
+
+    It applies to stride 1, dilation 1, one filter per channel, and outputs of the size of the map.
+    """
+    size = (x.shape[2], x.shape[3])
+    kernels = [kernel for entry in plan for kernel in entry]
+    plain = all(kernel.extent.dilation == (1, 1) and kernel.weight.shape[0] == x.shape[1] for kernel in kernels)
+    if not plain or tuple(geometry.stride) != (1, 1) or tuple(geometry.out_size) != size:
+        return execute_assembled(x, plan, biases, geometry)
+    return [
+        toeplitz_conv(
+            x, [kernel.weight for kernel in entry], [side for kernel in entry for side in kernel.extent.origin], bias
+        )
+        for entry, bias in zip(plan, biases, strict=True)
+    ]
+
+
 # ---- the choice -----------------------------------------------------------------------------------------------------
 
 
@@ -273,14 +295,15 @@ class ExecutionForm(NamedTuple):
 FORMS: dict[str, ExecutionForm] = {
     "shift": ExecutionForm(prepare_shift, execute_shift),
     "assembled": ExecutionForm(prepare_assembled, execute_assembled),
+    "toeplitz": ExecutionForm(prepare_assembled, execute_toeplitz),
 }
 
 
 def choose_form(requested: str) -> str:
     """The form that runs, by name.
 
-    ``"auto"`` takes ``"assembled"``: on every device it needs a T-th of the memory of ``"shift"`` and is the faster of
-    the two.
+    ``"auto"`` takes ``"assembled"``: it needs a T-th of the memory of ``"shift"`` and is the faster of the two.
+    ``"toeplitz"`` is taken only where it is asked for, as long as its speed has not been measured on a GPU.
 
     Raises:
         ValueError: no form has this name.

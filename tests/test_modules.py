@@ -14,7 +14,7 @@ from sw_transplant.branch import Branch
 from sw_transplant.geometry import BranchGeometry
 from sw_transplant.verify import BOUNDS
 
-FORMS = ["shift", "assembled"]
+FORMS = ["shift", "assembled", "toeplitz"]
 EXACT = BOUNDS[torch.float64]
 
 
@@ -255,7 +255,7 @@ class TestCache:
         ),
         "dtype": lambda m: m.float(),
         "train step": lambda m: (m.train(), m(TestCache.x), m.eval()),
-        "form": lambda m: setattr(m, "form", {"shift": "assembled", "assembled": "shift"}[m.form]),
+        "form": lambda m: setattr(m, "form", "shift" if m.form == "assembled" else "assembled"),
     }
 
     @torch.no_grad()

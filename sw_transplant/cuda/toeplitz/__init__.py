@@ -1,0 +1,13 @@
+"""Large depthwise convolutions as Toeplitz products on tensor cores.
+
+plan       what a kernel is compiled for: geometry, and where everything lies in shared memory
+settings   which plan to use
+product    the products of a warp: what is multiplied with what
+emit       the products as instructions
+kernel     around the products: into shared memory, and out of it
+launcher   from tensors to a launch
+"""
+
+from sw_transplant.cuda.toeplitz.launcher import plan_for, toeplitz_conv_forward
+
+__all__ = ["plan_for", "toeplitz_conv_forward"]

@@ -1,0 +1,80 @@
+"""Launching Toeplitz kernels: the plan for a call, and the grid."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sw_transplant.cuda.launch import launch
+from sw_transplant.cuda.toeplitz.kernel import MAX_KERNELS, toeplitz_source
+from sw_transplant.cuda.toeplitz.plan import MAX_REACH, Plan, Size
+from sw_transplant.cuda.toeplitz.settings import choose_plan
+
+INT32_MAX = 2**31 - 1
+ENOUGH_BLOCKS = 2048  # several waves of thread blocks; with more than that, a block takes several groups of images
+MOST_TURNS = 8
+
+
+class Grid(NamedTuple):
+    """How a call is divided over thread blocks."""
+
+    tiles: Size  # down and across the map
+    turns: int  # groups of images that a block takes one after the other
+    blocks: int
+
+
+def divide(plan: Plan, batch: int, channels: int, size: Size) -> Grid:
+    """The grid for a batch; tiles of one channel and image group are neighbours, to share their halos in the cache."""
+    down, across = (-(-s // t) for s, t in zip(size, plan.step_out, strict=True))
+    groups = -(-batch // plan.planes)
+    turns = max(1, min(groups, MOST_TURNS, groups * channels * down * across // ENOUGH_BLOCKS))
+    return Grid((down, across), turns, -(-groups // turns) * channels * down * across)
+
+
+def math_of(dtype: torch.dtype) -> str | None:
+    """How values of this dtype are multiplied; float32 as PyTorch's own convolutions do it at this moment."""
+    if dtype == torch.float32:
+        precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        return "tf32" if precision == "tf32" else "tf32x3"
+    return {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(dtype)
+
+
+def plan_for(x: Tensor, sizes: Sequence[Size], origins: Sequence[Size]) -> Plan | None:
+    """The plan for a map (B, C, H, W) on a CUDA device, or None where the kernel does not apply."""
+    math = math_of(x.dtype)
+    height, width = x.shape[2:]
+    if math is None or not 1 <= len(sizes) <= MAX_KERNELS or max(height * width, x.shape[0]) > INT32_MAX - 2**24:
+        return None
+    if max(abs(value) for pair in (*sizes, *origins) for value in pair) > MAX_REACH:
+        return None
+    capability, limit, total = _shared_memory(x.device.index)
+    if capability < (8, 0):  # TF32 and bfloat16 products came with Ampere
+        return None
+    plan = choose_plan(math, (height, width), tuple(sizes), tuple(origins), limit, total)
+    if plan is None or divide(plan, x.shape[0], x.shape[1], (height, width)).blocks > INT32_MAX:
+        return None
+    return plan
+
+
+@functools.cache
+def _shared_memory(device: int) -> tuple[tuple[int, int], int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    return capability, properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor
+
+
+def toeplitz_conv_forward(
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: bool, plan: Plan, out: Tensor
+) -> None:
+    """Fill out from x (B, C, H, W), weights (C, 1, kh, kw) and bias (C,): contiguous, of one dtype, on one device."""
+    if not out.numel():
+        return
+    batch, channels, height, width = x.shape
+    grid = divide(plan, batch, channels, (height, width))
+    pointers = [weights[min(i, len(weights) - 1)] for i in range(MAX_KERNELS)]
+    sizes = (batch, channels, height, width, *grid.tiles, grid.turns)
+    arguments = [x, x, *pointers, x if bias is None else bias, out, *sizes]
+    key = (plan, bias is not None, residual)
+    launch(toeplitz_source, key, grid.blocks, plan.threads, arguments, 4 * plan.shared_words)

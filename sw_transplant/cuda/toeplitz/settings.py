@@ -1,0 +1,123 @@
+"""Which plan to use: a search over the few that make sense, with a count of what each would do."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+
+from sw_transplant.cuda.toeplitz.plan import Kernel, Plan, Size
+from sw_transplant.cuda.toeplitz.product import Count
+
+WHOLE_COLUMNS = 9  # a map up to 72 wide is one tile across
+WHOLE_ROWS = 128
+MOST_SUMS = 112  # registers of a thread for sums
+MOST_WARPS = 4  # of a thread block: few, so that few wait for each other
+RESERVED_SHARED = 1024  # bytes that each thread block costs beside its own
+RESIDENT_WARPS = 12  # of a multiprocessor: with fewer than that its units stand idle
+
+# What one costs, in cycles of a multiprocessor: a matrix product, a word for each lane from shared memory, and a word
+# for each lane staged (address, load, rounding, store), which the four schedulers share.
+PRODUCT_CYCLES, LOAD_CYCLES, STAGE_CYCLES = 2.0, 1.0, 6.0
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_plan(
+    math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...], shared_limit: int, shared_total: int
+) -> Plan | None:
+    """The plan of least cost for a map, or None if none fits.
+
+    Args:
+        math: as in `Plan`.
+        size: (H, W) of the map.
+        sizes, origins: taps and zeros before the map of each kernel.
+        shared_limit, shared_total: bytes of shared memory of a thread block, and of a multiprocessor.
+    """
+    best: tuple[float, Plan] | None = None
+    for plan in _candidates(math, size, sizes, origins):
+        cycles = _cycles(plan, size)
+        for planes in (1, 2, 4):
+            several = dataclasses.replace(plan, planes=planes)
+            shared = 4 * several.shared_words
+            if planes * plan.parts > max(MOST_WARPS, plan.parts) or shared > shared_limit:
+                break
+            resident = min(shared_total // (shared + RESERVED_SHARED), 65536 // (several.threads * several.registers))
+            warps = resident * planes * several.parts
+            taps = several.first_tap(len(sizes)) / planes
+            cost = (cycles + STAGE_CYCLES / 4 * taps / 32) * max(1.0, RESIDENT_WARPS / max(warps, 1))
+            if best is None or cost < best[0]:
+                best = cost, several
+    return best[1] if best else None
+
+
+def _candidates(math: str, size: Size, sizes: Sequence[Size], origins: Sequence[Size]) -> Iterator[Plan]:
+    """Plans of one plane each, before it is known whether they fit."""
+    for kernels, (blocks, columns) in itertools.product(
+        _oriented(sizes, origins), itertools.product((1, 2, 4), _tile_columns(size[1]))
+    ):
+        if 4 * blocks * columns > MOST_SUMS:
+            continue
+        rows = -(-size[0] // 16)
+        parts = -(-rows // blocks)
+        whole_rows = parts <= MOST_WARPS
+        whole = (size[0] if whole_rows else None, size[1] if 8 * columns >= size[1] else None)
+        for starts in itertools.product(*(_starts(kernels, axis, whole[axis]) for axis in (0, 1))):
+            warps = parts if whole_rows else MOST_WARPS
+            plan = Plan(math, kernels, whole, blocks, warps, columns, 1, 255, (starts[0], starts[1]))
+            registers = _registers(plan)
+            if registers is not None:
+                yield dataclasses.replace(plan, registers=registers)
+
+
+def _oriented(sizes: Sequence[Size], origins: Sequence[Size]) -> Iterator[tuple[Kernel, ...]]:
+    """Long kernels are contracted along their long side; the square ones all alike, in both ways."""
+    axes = {(0 if kh > kw else 1, 0 if kh >= kw else 1) for kh, kw in sizes if kh == kw} or {(1, 1)}
+    for square in (1, 0) if len(axes) and any(kh == kw for kh, kw in sizes) else (1,):
+        yield tuple(
+            Kernel(size, origin, square if size[0] == size[1] else int(size[1] > size[0]))
+            for size, origin in zip(sizes, origins, strict=True)
+        )
+
+
+def _tile_columns(width: int) -> list[int]:
+    """Groups of 8 columns of a tile: all of a narrow map, equal shares of a wide one."""
+    groups = -(-width // 8)
+    if groups <= WHOLE_COLUMNS:
+        return [groups]
+    return sorted({-(-groups // across) for across in (-(-groups // 8), -(-groups // 7), -(-groups // 4))})
+
+
+def _starts(kernels: Sequence[Kernel], axis: int, whole: int | None) -> list[int]:
+    """Where steps may begin: at the map's edge (no step for the zeros outside) or at the first tap (fewer steps where
+    the kernel is short)."""
+    before = [kernel.origin[axis] for kernel in kernels if kernel.axis == axis]
+    if not before:
+        return [0]
+    if whole is None:
+        return [-max(before)]
+    return sorted({0, min(0, -max(before))}, reverse=True)
+
+
+def _registers(plan: Plan) -> int | None:
+    """Registers of a thread that the assembler gets along with (`tests/cuda/test_toeplitz_ptx.py`); None if too many.
+
+    Beside the sums it wants the fragments of a line of taps and the loads that are under way: more of them where a line
+    has many steps, and twice as many for split operands.
+    """
+    sums = 4 * plan.blocks * plan.columns
+    if plan.math == "tf32x3":
+        limits = ((24, 128), (32, 168), (64, 255))
+    else:
+        long = plan.contracted(1) and plan.steps(1) > 10
+        limits = ((48 if long else 56, 128), (72, 168), (112, 255))
+    return next((registers for limit, registers in limits if sums <= limit), None)
+
+
+def _cycles(plan: Plan, size: Size) -> float:
+    """Cycles of one image and channel, on a multiprocessor that never waits."""
+    count = Count(plan)
+    copies = set(plan.copies.values())
+    staged = sum(copy.lead + copy.rows * copy.pitch for copy in copies) + plan.tile[0] * plan.tile[1]
+    products = count.products * (3 if plan.math == "tf32x3" else 1)
+    cycles = PRODUCT_CYCLES * products + LOAD_CYCLES * count.loads + STAGE_CYCLES / 4 * staged / 32
+    down, across = (-(-s // t) for s, t in zip(size, plan.step_out, strict=True))
+    return down * across * cycles

@@ -1,0 +1,205 @@
+"""The sum of a module's large depthwise convolutions over one map, in one pass (form "toeplitz").
+
+    y[b,c,h,w] = bias[c] + x[b,c,h,w] + sum over k, i, j of weights[k][c,0,i,j] * x[b, c, h + i - top_k, w + j - left_k]
+
+Operators `torch.ops.sw_transplant.toeplitz_conv`, on CUDA a kernel for tensor cores, and PyTorch's own convolutions
+elsewhere and where the kernel does not apply; and `toeplitz_weight_grad`, the gradients of its kernels, by PyTorch's
+convolutions everywhere. The gradient of x is toeplitz_conv with flipped kernels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sw_transplant.cuda import launch
+from sw_transplant.ops.toeplitz_reference import pairs, toeplitz_conv_reference, toeplitz_weight_grad_reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def toeplitz_conv(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    origins: Sequence[int],
+    bias: Tensor | None = None,
+    residual: bool = False,
+) -> Tensor:
+    """Add up depthwise convolutions of any size, with stride 1 and an output as large as the map.
+
+    Args:
+        x: (B, C, H, W); float32, float16, bfloat16 or float64. The kernel reads contiguous maps: of any other layout,
+            channels_last too, it makes a contiguous copy first.
+        weights: kernels (C, 1, kh, kw), dtype and device of x; at least one.
+        origins: zeros before the map, (top, left) of each kernel one after the other. "Same" padding of an odd kernel
+            is (kh // 2, kw // 2); any integers will do.
+        bias: (C,), added to the sum, or None.
+        residual: add x, too (an identity branch, exact in every dtype).
+
+    Returns:
+        (B, C, H, W), contiguous, dtype and device of x; under autocast everything is cast first, as for `conv2d`.
+        Sums are formed in float32 (float64 for float64) and rounded once. float32 on CUDA is multiplied as TF32 where
+        `torch.backends.cudnn.conv.fp32_precision` is "tf32" (relative error about 3e-4), otherwise as three TF32
+        products (about 1e-7). The same inputs give the same bits. A product has zeros for taps outside a kernel:
+        infinities and NaN in x may spread over their image and channel. Differentiable, any number of times.
+
+    Raises:
+        ValueError: a shape, dtype or device is not as above.
+
+    Example:
+        >>> x = torch.ones(1, 1, 1, 5)
+        >>> toeplitz_conv(x, [torch.ones(1, 1, 1, 3), torch.ones(1, 1, 3, 1)], [0, 1, 1, 0])
+        tensor([[[[3., 4., 4., 4., 3.]]]])
+    """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+        bias = None if bias is None else bias.to(dtype)
+    _check(x, weights, origins, bias)
+    return torch.ops.sw_transplant.toeplitz_conv(x, weights, origins, bias, residual)
+
+
+def toeplitz_weight_grad(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> list[Tensor]:
+    """The gradients of `toeplitz_conv` with respect to its kernels.
+
+    Args:
+        x, grad: (B, C, H, W), the map and the gradient of the output; of one dtype and device.
+        sizes: taps, (kh, kw) of each kernel one after the other.
+        origins: as in `toeplitz_conv`.
+
+    Returns:
+        One (C, 1, kh, kw) for each kernel, dtype and device of x. Differentiable in x and grad.
+    """
+    return torch.ops.sw_transplant.toeplitz_weight_grad(x, grad, sizes, origins)
+
+
+def _check(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int], bias: Tensor | None) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"toeplitz_conv: x has shape {tuple(x.shape)}; expected 4 dimensions (B, C, H, W)")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"toeplitz_conv: x has dtype {x.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+    if not weights or len(origins) != 2 * len(weights):
+        raise ValueError(
+            f"toeplitz_conv: got {len(weights)} kernels and {len(origins)} origins; expected at least one kernel, and "
+            "(top, left) for each"
+        )
+    for i, weight in enumerate(weights):
+        if weight.dim() != 4 or weight.shape[0] != x.shape[1] or weight.shape[1] != 1 or 0 in weight.shape[2:]:
+            raise ValueError(
+                f"toeplitz_conv: weights[{i}] has shape {tuple(weight.shape)}; expected (C, 1, kh, kw) with "
+                f"C = {x.shape[1]}, the channels of x"
+            )
+    if bias is not None and tuple(bias.shape) != (x.shape[1],):
+        raise ValueError(f"toeplitz_conv: bias has shape {tuple(bias.shape)}; expected ({x.shape[1]},)")
+    for name, tensor in [*((f"weights[{i}]", weight) for i, weight in enumerate(weights)), ("bias", bias)]:
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            raise ValueError(
+                f"toeplitz_conv: {name} is {tensor.dtype} on {tensor.device}; expected {x.dtype} on {x.device}, as x"
+            )
+
+
+def kernel_applies(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int]) -> bool:
+    """Whether `toeplitz_conv` runs its kernel for these arguments, rather than PyTorch's convolutions one by one.
+
+    It needs a CUDA device of compute capability 8.0 or more, float32, float16 or bfloat16, at most four kernels, and
+    taps that fit into shared memory beside a tile of the map (51 x 5 strips and 31 x 31 squares do).
+    """
+    return x.numel() > 0 and _plan(x, weights, origins) is not None
+
+
+def _plan(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int]) -> Any:
+    if x.device.type != "cuda" or not launch.is_available(x.device.index):
+        return None
+    from sw_transplant.cuda.toeplitz import plan_for
+
+    return plan_for(x, [(weight.shape[2], weight.shape[3]) for weight in weights], pairs(origins))
+
+
+@torch.library.custom_op(
+    "sw_transplant::toeplitz_conv",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, int[] origins, Tensor? bias, bool residual) -> Tensor",
+)
+def _toeplitz_conv(
+    x: Tensor, weights: Sequence[Tensor], origins: Sequence[int], bias: Tensor | None, residual: bool
+) -> Tensor:
+    plan = _plan(x, weights, origins)
+    if plan is None:
+        with torch.autocast(x.device.type, enabled=False):  # the dtype of x is what was asked for
+            return toeplitz_conv_reference(x, weights, origins, bias, residual)
+    from sw_transplant.cuda.toeplitz import toeplitz_conv_forward
+
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    kernels = [weight.contiguous() for weight in weights]
+    toeplitz_conv_forward(x.contiguous(), kernels, None if bias is None else bias.contiguous(), residual, plan, out)
+    return out
+
+
+@torch.library.custom_op(
+    "sw_transplant::toeplitz_weight_grad",
+    mutates_args=(),
+    schema="(Tensor x, Tensor grad, int[] sizes, int[] origins) -> Tensor[]",
+)
+def _toeplitz_weight_grad(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> list[Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        return toeplitz_weight_grad_reference(x, grad, sizes, origins)
+
+
+@_toeplitz_conv.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int], bias: Tensor | None, residual: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_toeplitz_weight_grad.register_fake
+def _(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> list[Tensor]:
+    return [x.new_empty((x.shape[1], 1, *size)) for size in pairs(sizes)]
+
+
+def _flipped_origins(sizes: Sequence[int], origins: Sequence[int]) -> list[int]:
+    return [size - 1 - origin for size, origin in zip(sizes, origins, strict=True)]
+
+
+def _flipped(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [weight.flip(2, 3) for weight in weights]
+
+
+def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, origins, bias, residual = inputs
+    ctx.save_for_backward(x, *weights)
+    ctx.origins, ctx.residual, ctx.has_bias = list(origins), residual, bias is not None
+    ctx.sizes = [size for weight in weights for size in weight.shape[2:]]
+
+
+def _grad_of_conv(ctx: Any, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None], None, Tensor | None, None]:
+    x, *weights = ctx.saved_tensors
+    needs_x, needs_weights, _, needs_bias, _ = ctx.needs_input_grad
+    grad_x = grad_bias = None
+    grad_weights: list[Tensor | None] = [None] * len(weights)
+    if needs_x:
+        origins = _flipped_origins(ctx.sizes, ctx.origins)
+        grad_x = torch.ops.sw_transplant.toeplitz_conv(grad, _flipped(weights), origins, None, ctx.residual)
+    if any(needs_weights):
+        grad_weights = torch.ops.sw_transplant.toeplitz_weight_grad(x, grad, ctx.sizes, ctx.origins)
+    if ctx.has_bias and needs_bias:
+        grad_bias = grad.sum((0, 2, 3))
+    return grad_x, grad_weights, None, grad_bias, None
+
+
+def _save_weight_grad(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, grad, sizes, origins = inputs
+    ctx.save_for_backward(x, grad)
+    ctx.sizes, ctx.origins = list(sizes), list(origins)
+
+
+def _grad_of_weight_grad(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor, None, None]:
+    """The gradients of the kernels are bilinear in x and grad; their gradients stand in for kernels here."""
+    x, grad = ctx.saved_tensors
+    origins = _flipped_origins(ctx.sizes, ctx.origins)
+    grad_x = torch.ops.sw_transplant.toeplitz_conv(grad, _flipped(grads), origins, None, False)
+    return grad_x, torch.ops.sw_transplant.toeplitz_conv(x, list(grads), ctx.origins, None, False), None, None
+
+
+_toeplitz_conv.register_autograd(_grad_of_conv, setup_context=_save_conv)
+_toeplitz_weight_grad.register_autograd(_grad_of_weight_grad, setup_context=_save_weight_grad)

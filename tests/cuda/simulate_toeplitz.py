@@ -1,0 +1,197 @@
+"""Run the body of the Toeplitz kernel in Numba's CUDA simulator, against convolutions in float64.
+
+A command of its own, because the simulator is chosen when Numba is imported: NUMBA_ENABLE_CUDASIM=1 python <this file>.
+The 32 threads of a warp meet before the products, one of them runs `multiply` for all lanes in lockstep, and they meet
+again. Prints one line for each run and exits with an error at the first difference.
+"""
+
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numba import cuda
+from numba.cuda.simulator import kernelapi
+
+from sw_transplant.cuda import intrinsics
+from sw_transplant.cuda.toeplitz.kernel import DTYPES, toeplitz_source
+from sw_transplant.cuda.toeplitz.launcher import divide
+from sw_transplant.cuda.toeplitz.plan import Plan
+from sw_transplant.cuda.toeplitz.product import multiply, spread
+from sw_transplant.cuda.toeplitz.settings import choose_plan
+from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference
+from tests.cuda.lockstep import Lockstep
+from tests.cuda.toeplitz_cases import Tiles
+
+BOUNDS = {"tf32": 1e-3, "tf32x3": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
+
+
+class Warps:
+    """Where the threads of a warp hand their arguments to one of them: by block and warp."""
+
+    def __init__(self):
+        self.lock, self.meetings = threading.Lock(), {}
+
+    def run(self, function, lane, arguments):
+        """function(list of all lanes' arguments), once for the warp; every lane gets its result."""
+        thread = threading.current_thread()  # the simulator's, which knows its place
+        place = (thread.blockIdx.x, thread.threadIdx.x // 32)
+        with self.lock:
+            meeting = self.meetings.setdefault(place, [threading.Barrier(32), [None] * 32, None])
+        barrier, slots, _ = meeting
+        slots[lane] = arguments
+        if barrier.wait(60) == 0:
+            meeting[2] = function(slots)
+        barrier.wait(60)
+        result = meeting[2]
+        barrier.wait(60)
+        return result
+
+
+def simulated_products(plan: Plan):
+    """In place of `emit.device_products`."""
+    warps = Warps()
+
+    def memory(shared):
+        return np.asarray(getattr(shared, "_ary", shared)).view(np.uint32)
+
+    def vector(slots, i):
+        return np.array([slot[i] for slot in slots], np.int64)
+
+    def products(shared, plane, taps, lane, part):
+        def run(slots):
+            ops = Lockstep(memory(shared), plan.math)
+            return multiply(ops, plan, *(vector(slots, i) for i in range(4)))
+
+        return warps.run(run, int(lane), (plane, taps, lane, part))
+
+    def spread_sums(shared, sums, plane, lane, part):
+        def run(slots):
+            spread(Lockstep(memory(shared), plan.math), plan, sums, *(vector(slots, i) for i in range(3)))
+
+        warps.run(run, int(lane), (plane, lane, part))
+
+    return products, spread_sums
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as `raw` values: float32, or uint16 for both 16-bit types."""
+    flat = tensor.contiguous().flatten()
+    return flat.numpy() if tensor.dtype == torch.float32 else flat.view(torch.int16).numpy().view(np.uint16)
+
+
+def stored(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as `Scalar.stored`: bfloat16 as uint16."""
+    return bits(tensor) if tensor.dtype == torch.bfloat16 else tensor.contiguous().flatten().numpy()
+
+
+def run(plan, x, weights, bias, residual) -> torch.Tensor:
+    out = torch.full_like(x, float("nan"))
+    source = toeplitz_source(plan, bias is not None, residual, simulated_products(plan))
+    grid = divide(plan, x.shape[0], x.shape[1], tuple(x.shape[2:]))
+    pointers = [bits(weights[min(i, len(weights) - 1)]) for i in range(4)]
+    sizes = (*x.shape, *grid.tiles, grid.turns)
+    kernel = cuda.jit(source.function)
+    kernel[grid.blocks, plan.threads, 0, 4 * plan.shared_words](
+        stored(x), bits(x), *pointers, stored(x if bias is None else bias), stored(out), *sizes
+    )
+    return out
+
+
+Origins = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; origins default to the centres, and the division of the map is the chosen one."""
+
+    name: str
+    size: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...]
+    maths: tuple[str, ...] = ("tf32", "tf32x3", "float16", "bfloat16")
+    batch: int = 1
+    channels: int = 1
+    origins: tuple[tuple[int, int], ...] = ()
+    bias: bool = False
+    residual: bool = False
+    tiles: Tiles | None = None
+    square_axis: int | None = None  # contracts all kernels along this axis
+
+    def padding(self):
+        return self.origins or tuple((kh // 2, kw // 2) for kh, kw in self.sizes)
+
+    def plan(self, math: str) -> Plan:
+        plan = choose_plan(math, self.size, self.sizes, self.padding(), 227 * 1024, 228 * 1024)
+        if self.square_axis is not None:
+            plan = replace(plan, kernels=tuple(replace(kernel, axis=self.square_axis) for kernel in plan.kernels))
+        return plan if self.tiles is None else self.tiles.applied(plan, self.size)
+
+
+STRIPS = ((51, 5), (5, 51), (5, 5))
+CASES = [
+    Case("strips, map smaller than the kernel", (13, 14), STRIPS, batch=3, channels=2, bias=True, residual=True),
+    Case("strips, odd sizes", (33, 19), STRIPS, batch=1),
+    Case("strips, one warp for 64 rows", (56, 24), ((51, 5), (5, 51)), ("tf32", "float16"), batch=2, residual=True),
+    Case("strips, three warps", (41, 13), ((31, 3), (3, 9)), batch=2, tiles=Tiles(1, 3, 2, whole=True)),
+    Case("tiles with a halo", (37, 35), ((21, 3), (3, 21), (3, 3)), bias=True, tiles=Tiles(1, 2, 2)),
+    Case(
+        "tiles with a halo, two blocks",
+        (50, 21),
+        ((9, 5), (5, 9)),
+        ("tf32", "float16"),
+        tiles=Tiles(2, 1, 1),
+        residual=True,
+    ),
+    Case("13 x 13", (14, 17), ((13, 13),), batch=3, bias=True),
+    Case("13 x 13 by rows", (14, 17), ((13, 13),), tiles=Tiles(1, 2, 2), square_axis=0),
+    Case("7 x 7", (9, 23), ((7, 7),), batch=3, channels=2),
+    Case("even and asymmetric", (15, 11), ((8, 4), (4, 6), (2, 2)), origins=((1, 3), (3, 0), (0, 2)), batch=2),
+    Case("padding before a row only", (9, 12), ((8, 4),), origins=((3, 3),), batch=2),
+    Case("outside the map", (9, 9), ((3, 5), (5, 3)), ("tf32", "bfloat16"), origins=((-2, 6), (7, -1))),
+    Case("a point", (5, 7), ((1, 1),), bias=True),
+    Case("one pixel", (1, 1), ((5, 3), (3, 5), (3, 3), (1, 1)), ("tf32", "float16"), batch=5, residual=True),
+]
+
+
+def check(case: Case, math: str) -> float:
+    """One launch from NaN in memory; returns the relative error."""
+    generator = torch.Generator().manual_seed(len(case.name))
+    dtype = DTYPES[math]
+    x = torch.randn(case.batch, case.channels, *case.size, generator=generator).to(dtype)
+    weights = [(torch.randn(case.channels, 1, *size, generator=generator) / 8).to(dtype) for size in case.sizes]
+    bias = torch.randn(case.channels, generator=generator).to(dtype) if case.bias else None
+    plan = case.plan(math)
+    out = run(plan, x, weights, bias, case.residual)
+    expected = toeplitz_conv_reference(
+        x.double(), [w.double() for w in weights], [o for pair in case.padding() for o in pair],
+        None if bias is None else bias.double(), case.residual,
+    )  # fmt: skip
+    error = float((out.double() - expected).norm() / expected.norm())
+    shape = f"{plan.planes} planes of {plan.parts} x {plan.blocks} x {plan.columns}, from {plan.origins}"
+    print(
+        f"{case.name}, {math}: {shape}, axes {[k.axis for k in plan.kernels]}: relative error {error:.1e}", flush=True
+    )
+    assert error <= BOUNDS[math], (error, out[0, 0], expected[0, 0])
+    return error
+
+
+class Poisoned(kernelapi.FakeCUDAShared):
+    """Shared memory that is full of NaN, as it may be on a GPU."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self._dynshared.fill(-1)
+
+
+if __name__ == "__main__":
+    assert intrinsics.SIMULATOR
+    kernelapi.FakeCUDAShared = Poisoned
+    chosen = sys.argv[1:]
+    for case in CASES:
+        for math in case.maths:
+            if not chosen or any(word in case.name for word in chosen):
+                start = time.time()
+                check(case, math)
+                print(f"   {time.time() - start:.1f} s")

@@ -1,0 +1,66 @@
+"""The Toeplitz kernels as they are compiled, in an interpreter of PTX, against convolutions in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
+
+from numba import cuda
+
+from sw_transplant.cuda.intrinsics import SIMULATOR
+from sw_transplant.cuda.toeplitz.kernel import DTYPES, toeplitz_source
+from sw_transplant.cuda.toeplitz.launcher import divide
+from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference
+from tests.cuda.ptx_machine import Machine, Program
+from tests.cuda.toeplitz_cases import Layer, Tiles, strips
+
+pytestmark = pytest.mark.skipif(SIMULATOR, reason="the simulator compiles nothing")
+BOUNDS = {"tf32": 5e-4, "tf32x3": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
+QUICK = [
+    (Layer((13, 11), strips(9, 3, (3, 3))), 5, None),
+    (Layer((21, 19), strips(7, 3)), 1, Tiles(1, 2, 2)),
+    (Layer((20, 8), strips(9, 3)), 1, Tiles(1, 2, 1, whole=True)),
+]
+SLOW = [
+    (Layer((6, 7), strips(15, 3)), 3, None),
+    (Layer((9, 10), ((7, 7),)), 2, None),
+    (Layer((33, 9), strips(21, 2)), 1, None),
+    (Layer((35, 21), strips(7, 3)), 1, Tiles(1, 2, 2)),
+    (Layer((56, 12), ((5, 3),)), 2, Tiles(2, 2, 2)),
+    (Layer((28, 28), strips(49, 5)), 2, None),
+]
+CASES = QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+
+
+def memory(tensor: torch.Tensor) -> np.ndarray:
+    flat = tensor.flatten()
+    return flat.numpy() if tensor.dtype == torch.float32 else flat.view(torch.int16).numpy().view(np.uint16)
+
+
+@pytest.mark.parametrize("math", list(BOUNDS))
+@pytest.mark.parametrize(("layer", "batch", "tiles"), CASES, ids=str)
+def test_compiled_kernel(layer: Layer, batch: int, tiles, math: str) -> None:
+    plan = layer.plan(math)
+    if tiles is not None:
+        plan = tiles.applied(plan, layer.size)
+    dtype, channels = DTYPES[math], 2
+    torch.manual_seed(0)
+    x = torch.randn(batch, channels, *layer.size).to(dtype)
+    weights = [(torch.randn(channels, 1, *size) / 8).to(dtype) for size in layer.sizes]
+    bias = torch.randn(channels).to(dtype)
+    out = torch.full_like(x, float("nan"))
+
+    source = toeplitz_source(plan, True, True)
+    ptx, _ = cuda.compile_ptx(source.function, source.signature.args, cc=(9, 0), launch_bounds=source.launch_bounds)
+    machine = Machine(Program(ptx), 4 * plan.shared_words)
+    pointers = [machine.address(memory(t)) for t in (x, x, *weights)]
+    pointers += [pointers[-1]] * (6 - len(pointers))
+    pointers += [machine.address(memory(t)) for t in (bias, out)]
+    grid = divide(plan, batch, channels, layer.size)
+    machine.launch(grid.blocks, plan.threads, [*pointers, batch, channels, *layer.size, *grid.tiles, grid.turns])
+
+    origins = [o for pair in layer.origins for o in pair]
+    expected = toeplitz_conv_reference(x.double(), [w.double() for w in weights], origins, bias.double(), True)
+    error = float((out.double() - expected).norm() / expected.norm())
+    assert error <= BOUNDS[math], error
