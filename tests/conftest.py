@@ -18,3 +18,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the folder 'shared' (goldens, trained weights, images) beside the checkout; it is absent")
     return SHARED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out what takes many minutes, visibly, unless it is asked for."""
+    if os.environ.get("SW_EXHAUSTIVE") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("exhaustive"):
+            item.add_marker(pytest.mark.skip(reason="takes many minutes: set SW_EXHAUSTIVE=1"))

@@ -30,7 +30,7 @@ SLOW = [
     (Layer((56, 12), ((5, 3),)), 2, Tiles(2, 2, 2)),
     (Layer((28, 28), strips(49, 5)), 2, None),
 ]
-CASES = QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+CASES = QUICK + [pytest.param(*case, marks=pytest.mark.exhaustive) for case in SLOW]
 
 
 def memory(tensor: torch.Tensor) -> np.ndarray:

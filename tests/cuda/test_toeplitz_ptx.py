@@ -77,7 +77,7 @@ def test_without_bias_and_residual(tmp_path) -> None:
     check(LAYERS[10], "float16", (9, 0), tmp_path, extras=False)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("layer", "math", "capability"), ALL, ids=str)
 def test_all_kernels_assemble_without_spills(layer, math, capability, tmp_path) -> None:
     check(layer, math, capability, tmp_path)
