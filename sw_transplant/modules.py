@@ -32,7 +32,7 @@ class ShiftwiseConv2d(nn.Module):
         out_channels: a multiple of ``in_channels``.
         stride: of the output, ``(sh, sw)``, the same for every branch.
         branches: at least one :class:`Branch`.
-        form: how it runs: ``"auto"``, ``"shift"``, ``"assembled"`` or ``"toeplitz"`` (:mod:`sw_transplant.forms`). Assignable.
+        form: how it runs: ``"auto"`` or a form of :mod:`sw_transplant.forms`. Assignable.
         match: what the module replaced, kept for ``save`` (a :class:`sw_transplant.find.Match`).
 
     Shape: ``(B, C_in, H, W)`` or ``(C_in, H, W)`` to the same with C_out channels, as ``nn.Conv2d``. The dtype is that
