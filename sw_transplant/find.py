@@ -14,7 +14,7 @@ from .approximate import shared_parameters
 from .config import SWConfig
 from .equivalence import choose_tile
 from .geometry import Size
-from .match import Inspection, Match, Skipped, SourceBranch
+from .match import Inspection, Match, Skipped, SourceBranch, join_path
 from .modules import ShiftwiseConv2d
 from .trace import LinearBranch, NotLinearError, linear_branches
 
@@ -56,9 +56,9 @@ class _Search:
                 continue
             for name, child in parent._modules.items():
                 if child is not None:
-                    self.places.setdefault(child, []).append((parent, _join(path, name)))
+                    self.places.setdefault(child, []).append((parent, join_path(path, name)))
             for name, parameter in parent.named_parameters(recurse=False, remove_duplicate=False):
-                owners.setdefault(parameter, []).append(_join(path, name))
+                owners.setdefault(parameter, []).append(join_path(path, name))
         self.tied = {parameter: names for parameter, names in owners.items() if len(names) > 1}
         self.selected = _selector(list(self.modules.values()), select)
         self.sums: dict[nn.Module, list[LinearBranch] | NotLinearError] = {}
@@ -300,7 +300,3 @@ def _selector(paths: list[str], select: Select) -> Callable[[str, nn.Module], bo
         if not any(matches(path, pattern) for path in paths):
             raise ValueError(f"select: pattern {pattern!r} names no layer of the model; see model.named_modules()")
     return lambda path, module: any(matches(path, pattern) for pattern in patterns)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -16,7 +16,7 @@ from .approximate import SharedSpec
 from .config import CONFIG_VERSION
 from .convert import build, find_site, put
 from .masks import MaskedTiles
-from .match import Match
+from .match import Match, join_path
 from .modules import ShiftwiseConv2d
 
 CONFIG_NAME = "sw_config.json"
@@ -90,14 +90,14 @@ class _Layer(NamedTuple):
 
 def _rebuild(site: nn.Module, layer: _Layer, weights: dict[str, Tensor]) -> ShiftwiseConv2d:
     """The module of a layer, its weights still those of the site, or random."""
-    module = build(site, layer.match, form=layer.form)
+    module = build(site, layer.match, form=layer.form)  # in either mode: it checks that the site is what was replaced
     if layer.shared is not None:
         like = next(site.parameters())
         module = layer.shared.build(layer.match, form=layer.form, device=like.device, dtype=like.dtype).train(
             site.training
         )
     for name, part in module.named_modules():
-        if isinstance(part, MaskedTiles) and f"{_join(layer.match.path, name)}.mask" in weights:
+        if isinstance(part, MaskedTiles) and f"{join_path(layer.match.path, name)}.mask" in weights:
             part.set_mask(torch.ones(part.tile_count, dtype=torch.bool))
     return module
 
@@ -112,10 +112,6 @@ def _layer(path: str, module: ShiftwiseConv2d, model: nn.Module) -> dict[str, An
     match = replace(module.match, path=path, aliases=tuple(place for place in places if place != path))
     shared = None if module.spec is None else module.spec.to_dict()
     return {"form": module.form, "shared": shared, **match.to_dict()}
-
-
-def _join(path: str, name: str) -> str:
-    return ".".join(part for part in (path, name) if part)
 
 
 def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -14,6 +14,11 @@ class NoLargeKernelError(ValueError):
     """Nothing in the model could be converted; the message says what was looked at and why it was left."""
 
 
+def join_path(path: str, name: str) -> str:
+    """The path of a part; an empty path or name is the module itself."""
+    return ".".join(part for part in (path, name) if part)
+
+
 @dataclass(frozen=True)
 class SourceBranch:
     """One depthwise convolution (or the identity) of the replaced module, by the names it has there.

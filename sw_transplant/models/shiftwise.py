@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from timm.layers.norm import LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from sw_transplant.models.registry import build, preprocessing
-from sw_transplant.models.staged import StagedNet, drop_path_rates, init_truncated_normal, require_stages
+from sw_transplant.models.staged import StagedNet, drop_path_rates, require_stages
 from sw_transplant.models.unireplknet import UniRepLKNetBlock, overlapping_entrances
 from sw_transplant.shiftwise import SWConv2d
 
@@ -99,11 +98,7 @@ class ShiftWise(StagedNet):
                 blocks.append(ShiftWiseBlock(dim, large_kernel, rate, layer_scale_init_value))
             self.stages.append(nn.Sequential(*blocks))
 
-        self.norm = LayerNorm2d(dims[-1], eps=1e-6)
-        self.reset_classifier(num_classes, global_pool)
-        init_truncated_normal(self)
-        if isinstance(self.head, nn.Linear):
-            self.head.weight.data.mul_(head_init_scale)
+        self._finish(dims[-1], num_classes, global_pool, head_init_scale)
 
 
 default_cfgs = generate_default_cfgs(

@@ -12,7 +12,7 @@ from torch import nn
 
 from sw_transplant.models.large_kernel import ReparamLargeKernelConv
 from sw_transplant.models.registry import build, preprocessing
-from sw_transplant.models.staged import StagedNet, drop_path_rates, init_truncated_normal, require_stages
+from sw_transplant.models.staged import StagedNet, drop_path_rates, require_stages
 
 __all__ = ["SLaK"]
 
@@ -100,11 +100,7 @@ class SLaK(StagedNet):
             branches = _branches(long, short, Decom)
             self.stages.append(nn.Sequential(*[Block(dim, branches, rate, layer_scale_init_value) for rate in rates]))
 
-        self.norm = LayerNorm2d(dims[-1], eps=1e-6)
-        self.reset_classifier(num_classes, global_pool)
-        init_truncated_normal(self)
-        if isinstance(self.head, nn.Linear):
-            self.head.weight.data.mul_(head_init_scale)
+        self._finish(dims[-1], num_classes, global_pool, head_init_scale)
 
 
 default_cfgs = generate_default_cfgs(

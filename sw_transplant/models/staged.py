@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
+from timm.layers.norm import LayerNorm2d
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
@@ -67,6 +68,14 @@ class StagedNet(nn.Module):
         ]
         self.grad_checkpointing = False
         self.head_drop = nn.Dropout(drop_rate)
+
+    def _finish(self, dim: int, num_classes: int, global_pool: str, head_init_scale: float) -> None:
+        """The end of a constructor: norm and classifier for `dim` channels, and the first weights of every layer."""
+        self.norm = LayerNorm2d(dim, eps=1e-6)
+        self.reset_classifier(num_classes, global_pool)
+        init_truncated_normal(self)
+        if isinstance(self.head, nn.Linear):
+            self.head.weight.data.mul_(head_init_scale)
 
     def entrances(self) -> list[nn.Module]:
         """The stem and the downsampling layers, one in front of every stage."""

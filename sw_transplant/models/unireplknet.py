@@ -12,7 +12,7 @@ from torch import nn
 
 from sw_transplant.models.large_kernel import depthwise
 from sw_transplant.models.registry import build, preprocessing
-from sw_transplant.models.staged import StagedNet, drop_path_rates, init_truncated_normal, require_stages
+from sw_transplant.models.staged import StagedNet, drop_path_rates, require_stages
 
 __all__ = ["UniRepLKNet"]
 
@@ -191,11 +191,7 @@ class UniRepLKNet(StagedNet):
             ]
             self.stages.append(nn.Sequential(*blocks))
 
-        self.norm = LayerNorm2d(dims[-1], eps=1e-6)
-        self.reset_classifier(num_classes, global_pool)
-        init_truncated_normal(self)
-        if isinstance(self.head, nn.Linear):
-            self.head.weight.data.mul_(head_init_scale)
+        self._finish(dims[-1], num_classes, global_pool, head_init_scale)
 
 
 # The published B, L and XL were fine-tuned at 384, the others trained at 224.
