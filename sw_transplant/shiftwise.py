@@ -144,9 +144,9 @@ class SWConv2d(ShiftwiseConv2d):
         return "branches" in self._modules
 
     @property
-    def paths(self) -> list[TilePath]:
-        """The parallel banks; none once the kernels are merged."""
-        return list(self._modules.get(self.NAMES["paths"]) or ())  # type: ignore[arg-type]
+    def paths(self) -> Sequence[TilePath]:
+        """The parallel banks; none once the kernels are merged. The module itself, so that lookups by path find it."""
+        return self._modules.get(self.NAMES["paths"], ())  # type: ignore[return-value]
 
     def norm(self, branch: str) -> nn.Module:
         """The BatchNorm of a branch: ``"horizontal"``, ``"vertical"`` or ``"identity"``."""

@@ -489,3 +489,9 @@ def test_memory_format_follows_the_input():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_paths_are_found_by_their_names():
+    module = SWConv2d(8, 15, paths=2)
+    assert module.get_submodule("paths.1") is module.paths[1]
+    assert module.get_parameter("paths.0.weight") is module.paths[0].weight
