@@ -13,6 +13,7 @@ from .match import NoLargeKernelError
 from .merge import merge
 from .modules import ShiftwiseConv2d
 from .report import summary
+from .tuning import set_form, tune
 from .verify import verify
 
 __version__ = "0.1.0"
@@ -25,6 +26,8 @@ __all__ = [
     "load",
     "merge",
     "save",
+    "set_form",
     "summary",
+    "tune",
     "verify",
 ]

@@ -49,13 +49,15 @@ class PlacedTiles:
         """The branch as tensors, to be added up; ``fold`` multiplies the BatchNorm's scale in, in float32 at least."""
         raise NotImplementedError
 
-    def _place(self, bank: Tensor, origin: Size, scale: Tensor | None, live: LiveTiles | None) -> list[Placed]:
-        """One entry, or with a gain one for each edge; all of them hold the same bank."""
+    def _place(
+        self, bank: Tensor, origin: Size, scale: Tensor | None, live: LiveTiles | None, *, scaled: bool
+    ) -> list[Placed]:
+        """One entry, or with a gain one for each edge; all hold the same bank. ``scaled``: a BatchNorm is folded in."""
         extent = Extent(self.geometry.kernel_size, origin, self.geometry.dilation)
         gains = [None] if self.gain is None else [gain.reshape(-1) for gain in self.gain]
         rows = self.placements.chunk(len(gains), dim=1)
         return [
-            Placed(bank, table, index, extent, _product(scale, gain), live)
+            Placed(bank, table, index, extent, _product(scale, gain), live, self.is_identity and not scaled)
             for table, index, gain in zip(rows, self.index, gains, strict=True)
         ]
 
@@ -214,10 +216,11 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
     def placed(self, origin: Size, *, fold: bool) -> list[Placed]:
         """The branch as tensors; ``fold`` multiplies the BatchNorm's scale into the tiles, in float32 at least."""
         bank = self.masked(self.bank if self.support is None else torch.where(self.support, self.bank, 0))
-        if fold and self.bn is not None:
-            scale, _ = batch_norm_affine(self.bn)
+        scaled = fold and self.bn is not None
+        if scaled:
+            scale, _ = batch_norm_affine(self.bn)  # type: ignore[arg-type]
             bank = (bank.to(scale.dtype) * scale[:, None, None, None]).to(bank.dtype)
-        return self._place(bank, origin, None, self.live_tiles())
+        return self._place(bank, origin, None, self.live_tiles(), scaled=scaled)
 
     def extra_repr(self) -> str:
         channels, tiles, n, _ = self.bank.shape

@@ -9,7 +9,7 @@ CONFIG_VERSION = 1
 """Version of the JSON form of :class:`SWConfig` and of ``sw_config.json``. Readers refuse a newer one."""
 
 Mode = Literal["laid_out", "shiftwise"]
-Form = Literal["auto", "shift", "assembled", "toeplitz"]
+Form = Literal["auto", "shift", "assembled", "gemm", "toeplitz"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,10 @@ class SWConfig:
             ``"laid_out"``, and 3 in mode ``"shiftwise"``. The paper's laid-out experiment uses 5, its final models 3.
         form: how the modules run, see :mod:`sw_transplant.forms`. ``"shift"`` is the paper's operator: small
             convolutions, then shift and add. ``"assembled"`` shifts the weights instead of the features: one depthwise
-            convolution, no extra memory. ``"toeplitz"`` multiplies the same kernels on tensor cores where a GPU has
-            them. ``"auto"`` chooses. All give the same function; it can be changed at any time through
-            ``ShiftwiseConv2d.form``.
+            convolution, no extra memory. ``"toeplitz"`` multiplies the same kernels as banded Toeplitz matrices, on
+            tensor cores where a GPU has them. ``"gemm"`` takes a whole small map at once, as one matrix product per
+            channel. ``"auto"`` chooses for each call (:mod:`sw_transplant.dispatch`). All give the same function; it
+            can be changed at any time through ``ShiftwiseConv2d.form`` or :func:`set_form`.
         edges: E, how many orders place the tiles. ``None``: 1 in mode ``"laid_out"``, 4 (the paper's) in mode
             ``"shiftwise"``. More than 1 in mode ``"laid_out"`` adds edges of random order with a gain of 0: the
             function stays the same until training makes them grow.

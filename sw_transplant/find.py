@@ -60,7 +60,7 @@ class _Search:
             for name, parameter in parent.named_parameters(recurse=False, remove_duplicate=False):
                 owners.setdefault(parameter, []).append(join_path(path, name))
         self.tied = {parameter: names for parameter, names in owners.items() if len(names) > 1}
-        self.selected = _selector(list(self.modules.values()), select)
+        self.selected = selector(list(self.modules.values()), select)
         self.sums: dict[nn.Module, list[LinearBranch] | NotLinearError] = {}
         self.claimed: set[nn.Module] = set()  # all modules of a site, of a Shiftwise or of a TorchScript module
         self.sites: dict[nn.Module, list[LinearBranch]] = {}
@@ -284,7 +284,7 @@ def _large_depthwise_parameter(parameters: Iterator[nn.Parameter], min_kernel: i
     return None
 
 
-def _selector(paths: list[str], select: Select) -> Callable[[str, nn.Module], bool]:
+def selector(paths: list[str], select: Select) -> Callable[[str, nn.Module], bool]:
     if select is None:
         return lambda path, module: True
     if callable(select):

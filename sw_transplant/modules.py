@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
 from .branch import Branch, PlacedTiles
-from .forms import FORMS, Biases, DenseKernel, Geometry, add_kernels, choose_form, dense_kernel, join_kernels
+from .dispatch import Decision, Job, check_form, choose_form, conditions
+from .forms import FORMS, Biases, Call, DenseKernel, add_kernels, dense_kernel, join_extents, join_kernels
 from .geometry import BranchGeometry, Extent, Padding, Size, enclose
 
 
@@ -34,6 +36,10 @@ class ShiftwiseConv2d(nn.Module):
         branches: at least one :class:`Branch`.
         form: how it runs: ``"auto"`` or a form of :mod:`sw_transplant.forms`. Assignable.
         match: what the module replaced, kept for ``save`` (a :class:`sw_transplant.find.Match`).
+
+    Attributes:
+        decision: the form that ran last, and why (:class:`dispatch.Decision`); None before the first call, and not
+            kept up to date by compiled code.
 
     Shape: ``(B, C_in, H, W)`` or ``(C_in, H, W)`` to the same with C_out channels, as ``nn.Conv2d``. The dtype is that
     of the bank; the output is channels_last where the input is.
@@ -82,7 +88,8 @@ class ShiftwiseConv2d(nn.Module):
         self.stride: Size = (stride[0], stride[1])
         self.form = form
         self.match = match
-        self._cache: tuple[Any, Any, Any] | None = None
+        self.decision: Decision | None = None
+        self._cache: tuple[Any, _Ready, Any] | None = None
 
     def _check_sizes(self) -> None:
         """Refuses branches whose outputs would differ in size: here, not at the first call."""
@@ -98,16 +105,26 @@ class ShiftwiseConv2d(nn.Module):
     def _branches(self) -> Sequence[PlacedTiles]:
         return list(self.branches)  # type: ignore[arg-type]
 
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the dtype and on the device of the module."""
+        return self.branches[0].bank  # type: ignore[return-value]
+
+    @property
+    def _geometry(self) -> BranchGeometry:
+        """That of the first branch: what it makes of a map's size, all branches make."""
+        return self.branches[0].geometry  # type: ignore[return-value]
+
     # ---- what nn.Conv2d exposes ----
 
     @property
     def form(self) -> str:
-        """The execution form asked for; :func:`forms.choose_form` decides on ``"auto"``."""
+        """The execution form asked for; :mod:`dispatch` decides on ``"auto"``, and :attr:`decision` says what ran."""
         return self._form
 
     @form.setter
     def form(self, value: str) -> None:
-        choose_form(value)
+        check_form(value)
         self._form = value
 
     @property
@@ -132,8 +149,7 @@ class ShiftwiseConv2d(nn.Module):
     @property
     def padding(self) -> Size | Padding:
         """As in nn.Conv2d, ``(vertical, horizontal)`` or ``"same"``; four sides, top to right, where they differ."""
-        first = self._branches()[0].geometry
-        if first.padding == "same" and self.stride != (1, 1):
+        if self._geometry.padding == "same" and self.stride != (1, 1):
             return "same"
         whole = self.extent
         grown = self.growth
@@ -144,7 +160,7 @@ class ShiftwiseConv2d(nn.Module):
     @property
     def growth(self) -> Size:
         """By how much the map grows at stride 1 (:attr:`geometry.BranchGeometry.growth`)."""
-        return self._branches()[0].geometry.growth
+        return self._geometry.growth
 
     @property
     def weight(self) -> Tensor:
@@ -154,7 +170,7 @@ class ShiftwiseConv2d(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The bias ``(C_out,)`` that goes with :attr:`weight`, BatchNorm folded; None for none. Read-only."""
-        return _total([branch.folded_bias() for branch in self._branches()], self._branches()[0].bank.dtype)
+        return _total([branch.folded_bias() for branch in self._branches()], self._like.dtype)
 
     def _dense(self) -> list[DenseKernel]:
         return [
@@ -167,72 +183,110 @@ class ShiftwiseConv2d(nn.Module):
 
     def out_size(self, size: Size) -> Size:
         """Size of the output map for an input map ``(H, W)``."""
-        return self._branches()[0].geometry.out_size(size, self.stride)
+        return self._geometry.out_size(size, self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, torch.fx.Proxy):  # to every FX tracer this module is a leaf, as nn.Conv2d is
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
         if x.dim() == 3:
             return self.forward(x[None])[0]
-        self._check_input(x)
-        return self._run(x).contiguous(memory_format=_memory_format(x))
-
-    def _run(self, x: Tensor) -> Tensor:
-        """The branches on a map ``(B, C, H, W)`` that fits them."""
-        size = (x.shape[2], x.shape[3])
-        form = choose_form(self.form)
-        branches = sorted(self._branches(), key=lambda branch: not branch.folds)
-        plan, biases = self._plan(form, branches, size)
-        maps = FORMS[form].execute(x, plan, biases, Geometry(self.out_size(size), self.stride))
-        normalised = [branch.bn for branch in branches if not branch.folds]
-        first = len(maps) - len(normalised)
-        return reduce(add, maps[:first] + [bn(m) for bn, m in zip(normalised, maps[first:], strict=True)])  # type: ignore[misc]
-
-    def _check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"ShiftwiseConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) or (C, H, W)"
             )
-        out = self.out_size((x.shape[2], x.shape[3]))
-        if min(out) < 1:
+        return self._run(x).contiguous(memory_format=_memory_format(x))
+
+    def _run(self, x: Tensor) -> Tensor:
+        """The branches on a map ``(B, C, H, W)``."""
+        ready = self._ready(x)
+        if x.dtype is not ready.call.dtype and _autocast_dtype(x.device.type) is not None:
+            x = x.to(ready.call.dtype)
+        maps = FORMS[ready.decision.form].execute(x, ready.plan, ready.biases, ready.call)
+        first = len(maps) - len(ready.norms)
+        return reduce(add, maps[:first] + [bn(m) for bn, m in zip(ready.norms, maps[first:], strict=True)])
+
+    def _ready(self, x: Tensor) -> _Ready:
+        """What runs on this map, from the cache where nothing has changed."""
+        if torch.compiler.is_compiling():
+            return self._prepare(x)
+        key = self._cache_key(x)
+        if key is None or self._cache is None or self._cache[0] != key:
+            ready = self._prepare(x)
+            self.decision = ready.decision
+            if key is None or ready.norms:
+                return ready
+            # The aliases keep the storages alive: an address in the key cannot come to mean another tensor.
+            self._cache = (key, ready, [tensor.detach() for tensor in (*self.parameters(), *self.buffers())])
+        return self._cache[1]
+
+    def _prepare(self, x: Tensor) -> _Ready:
+        """The sum of all linear branches, then each branch that batch statistics normalise, in the form that is best.
+
+        Raises:
+            ValueError: the map is too small for the kernels.
+        """
+        size = (x.shape[2], x.shape[3])
+        out_size = self.out_size(size)
+        if min(out_size) < 1:
             raise ValueError(
                 f"ShiftwiseConv2d: map {x.shape[2]}x{x.shape[3]} with padding {self.padding} is smaller than the "
                 f"kernel {self.kernel_size}; expected a map that gives at least one output"
             )
-
-    def _plan(self, form: str, branches: Sequence[PlacedTiles], size: Size) -> tuple[Any, Biases]:
-        """The tensors that run: the sum of all linear branches, then each branch that batch statistics normalise."""
-        origins = tuple(self._extent(branch, size).origin for branch in branches)
+        given = conditions(x)
+        dtype = self._like.dtype
+        if dtype is not torch.float64:  # which autocast leaves alone
+            dtype = _autocast_dtype(x.device.type) or dtype
+        call = Call(size, out_size, self.stride, dtype)
+        branches = sorted(self._branches(), key=lambda branch: not branch.folds)
+        extents = [self._extent(branch, size) for branch in branches]
         linear = [branch for branch in branches if branch.folds]  # these come first
         normalised = branches[len(linear) :]
-        key = None if normalised or torch.compiler.is_compiling() else self._cache_key(form, origins)
-        if key is not None and self._cache is not None and self._cache[0] == key:
-            return self._cache[1]
-        parts = [branch.placed(at, fold=branch.folds) for branch, at in zip(branches, origins, strict=True)]
+        parts = [
+            branch.placed(extent.origin, fold=branch.folds) for branch, extent in zip(branches, extents, strict=True)
+        ]
+        if self.in_channels != self.out_channels:  # each channel goes to several: not the map as it is
+            parts = [[replace(placed, identity=False) for placed in part] for part in parts]
         outputs = [reduce(add, parts[: len(linear)])] if linear else []
         outputs += parts[len(linear) :]
         biases: list[Tensor | None] = [branch.bias for branch in normalised]
         if linear:
-            biases.insert(0, _total([branch.folded_bias() for branch in linear], linear[0].bank.dtype))
-        plan = FORMS[form].prepare(outputs), biases
-        if key is not None:
-            # The aliases keep the storages alive: an address in the key cannot come to mean another tensor.
-            self._cache = (key, plan, [tensor.detach() for tensor in self._tensors()])
-        return plan
+            biases.insert(0, _total([branch.folded_bias() for branch in linear], self._like.dtype))
 
-    def _tensors(self) -> list[Tensor]:
-        return [*self.parameters(), *self.buffers()]
+        kernels = [[extent for extent, _ in join_extents([placed.extent for placed in entry])] for entry in outputs]
+        trained = torch.is_grad_enabled() and any(placed.bank.requires_grad for entry in outputs for placed in entry)
+        job = Job((x.shape[1], outputs[0][0].bank.shape[0]), call, kernels, trained)
+        decision = choose_form(self.form, job, given)
+        return _Ready(
+            decision,
+            FORMS[decision.form].prepare(outputs, call),
+            [None if bias is None else bias.to(call.dtype) for bias in biases],
+            [branch.bn for branch in normalised],  # type: ignore[misc]
+            call,
+        )
 
-    def _cache_key(self, form: str, origins: tuple[Size, ...]) -> Any:
-        """What the cached plan depends on; None where it must not be cached: gradients flow, changes go uncounted."""
-        tensors = self._tensors()
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return None
+    def _cache_key(self, x: Tensor) -> Any:
+        """What a cached plan depends on; None where it must not be cached: gradients flow, changes go uncounted.
+
+        Built on every call, hence without nn.Module's own iterators, which take longer than a small convolution.
+        """
+        autocast = _autocast_dtype(x.device.type)
+        key = [self._form, conditions(x), x.shape[1:], x.dtype, autocast, torch.is_inference_mode_enabled()]
+        graded = torch.is_grad_enabled()
+        modules: list[nn.Module] = [self]
         try:
-            state = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
+            for module in modules:  # grows on the way
+                key.append(module.training)
+                for tensors in (module._parameters, module._buffers):
+                    for tensor in tensors.values():
+                        if tensor is not None:
+                            if graded and tensor.requires_grad:
+                                return None
+                            key.append(tensor.data_ptr())
+                            key.append(tensor._version)
+                modules.extend(module._modules.values())  # type: ignore[arg-type]
         except RuntimeError:  # fake, batched and inference tensors have no address or no version
             return None
-        return form, origins, torch.is_inference_mode_enabled(), state
+        return key
 
     def clear_cache(self) -> None:
         """Forgets the cached plan. Needed only after a write that PyTorch does not count (through ``tensor.data``)."""
@@ -247,7 +301,7 @@ class ShiftwiseConv2d(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        return {**self.__dict__, "_cache": None, "decision": None}
 
     # ---- back to plain convolutions ----
 
@@ -298,10 +352,26 @@ class ShiftwiseConv2d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}{stride}, form={self.form!r}"
 
 
+class _Ready(NamedTuple):
+    """What runs: the form, its plan, what is added to each output, and the BatchNorms of the last outputs."""
+
+    decision: Decision
+    plan: Any
+    biases: Biases
+    norms: list[nn.Module]
+    call: Call
+
+
 def _total(biases: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
     """Sum of the biases that exist, rounded once to the dtype of the bank."""
     given = [bias for bias in biases if bias is not None]
     return reduce(add, given).to(dtype) if given else None
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on this type of device; None while it is off."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

@@ -9,7 +9,6 @@ from torch import nn
 from .branch import Branch
 from .config import SWConfig
 from .find import Select, inspect_model
-from .forms import choose_form
 from .modules import ShiftwiseConv2d
 from .tables import render_table
 
@@ -23,7 +22,7 @@ def summary(model: nn.Module, config: SWConfig | None = None, *, select: Select 
 
     Returns:
         Text. For Shiftwise layers: kernels, tiles, parameters, the share of the original kernels' energy that they keep
-        (all of it in mode ``"laid_out"``), and the form that runs (:mod:`sw_transplant.forms`).
+        (all of it in mode ``"laid_out"``), the form asked for, and which one ran last and why (:mod:`dispatch`).
     """
     parts = []
     if any(isinstance(module, ShiftwiseConv2d) for module in model.modules()):
@@ -35,7 +34,7 @@ def summary(model: nn.Module, config: SWConfig | None = None, *, select: Select 
 
 
 def _shiftwise_table(model: nn.Module) -> str:
-    """One row per Shiftwise layer: kernels, tiles, parameters, and the form that runs."""
+    """One row per Shiftwise layer: kernels, tiles, parameters, and how it runs."""
     rows, total = [], 0
     for path, module in model.named_modules():
         if not isinstance(module, ShiftwiseConv2d):
@@ -43,7 +42,6 @@ def _shiftwise_table(model: nn.Module) -> str:
         parameters = sum(parameter.numel() for parameter in module.parameters())
         total += parameters
         branches = cast("list[Branch]", list(module.branches))
-        form = module.form if module.form != "auto" else f"auto: {choose_form('auto')}"
         rows.append(
             [
                 path or "(the model)",
@@ -53,13 +51,14 @@ def _shiftwise_table(model: nn.Module) -> str:
                 " + ".join(_tiles(branch) for branch in branches),
                 f"{parameters:,}",
                 "all" if module.spec is None else f"{module.spec.energy_kept:.1%}",
-                form,
+                module.form,
+                *(module.decision or ("not run yet", "")),
             ]
         )
-    rows.append([f"{len(rows)} layers", "", "", "", "", f"{total:,}", "", ""])
+    rows.append([f"{len(rows)} layers", "", "", "", "", f"{total:,}", "", "", "", ""])
     return render_table(
         "Shiftwise layers",
-        ["layer", "kernels", "stride", "channels", "tiles", "parameters", "energy kept", "form"],
+        ["layer", "kernels", "stride", "channels", "tiles", "parameters", "energy kept", "form", "ran", "because"],
         rows,
     )
 

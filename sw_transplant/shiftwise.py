@@ -253,7 +253,11 @@ class SWConv2d(ShiftwiseConv2d):
 
     @property
     def _like(self) -> Tensor:
-        return self.paths[0].weight
+        return super()._like if self.merged else self.paths[0].weight
+
+    @property
+    def _geometry(self) -> BranchGeometry:
+        return super()._geometry if self.merged else self._geometries[0]
 
     def reset_parameters(self) -> None:
         """Draws ghosts and orders from the seed again, and initialises filters, BatchNorms and gains.

@@ -23,7 +23,9 @@ PUBLIC_NAMES = {
     "load",
     "merge",
     "save",
+    "set_form",
     "summary",
+    "tune",
     "verify",
 }
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from sw_transplant import ShiftwiseConv2d, merge
 from sw_transplant.branch import Branch
-from sw_transplant.forms import prepare_shift
+from sw_transplant.forms import Call, prepare_shift
 from sw_transplant.geometry import BranchGeometry
 from sw_transplant.merge import ChannelOrder, ParallelConv2d
 from sw_transplant.orders import active_channels, draw_orders
@@ -269,7 +269,9 @@ def test_the_shared_bank_is_convolved_once():
     branches = module._branches()
     for fold in (False, True):
         parts = [branch.placed((0, 0), fold=fold) for branch in branches]
-        (group,) = prepare_shift([[one for part in parts for one in part]] if fold else parts)
+        (group,) = prepare_shift(
+            [[one for part in parts for one in part]] if fold else parts, Call((9, 9), (9, 9), (1, 1), torch.float32)
+        )
         assert group.tiles == module.tiles + 1  # the residual is the one more
         assert group.weight.shape == (4 * (module.tiles + 1), 1, 3, 3)
         assert len(group.outputs) == 4

@@ -13,7 +13,7 @@ from torch import nn
 
 from sw_transplant import NoLargeKernelError, ShiftwiseConv2d, SWConfig, convert
 from sw_transplant.branch import Branch
-from sw_transplant.forms import prepare_shift
+from sw_transplant.forms import Call, prepare_shift
 from sw_transplant.geometry import BranchGeometry
 from sw_transplant.masked_layers import ELEMENT_MASK, masked_layers
 from sw_transplant.shared_bank import TilePath
@@ -669,7 +669,8 @@ def test_tiles_out_of_use_leave_the_convolution_of_the_shift_form(build: str) ->
         holder.set_mask(used)
 
     def shares() -> list[int]:
-        plan = prepare_shift([branch.placed((0, 0), fold=False) for branch in module._branches()][:1])
+        call = Call((9, 9), (9, 9), (1, 1), torch.float32)
+        plan = prepare_shift([branch.placed((0, 0), fold=False) for branch in module._branches()][:1], call)
         return [group.tiles for group in plan]
 
     def agrees() -> bool:

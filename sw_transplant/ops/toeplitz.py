@@ -2,9 +2,9 @@
 
     y[b,c,h,w] = bias[c] + x[b,c,h,w] + sum over k, i, j of weights[k][c,0,i,j] * x[b, c, h + i - top_k, w + j - left_k]
 
-Operators `torch.ops.sw_transplant.toeplitz_conv`, on CUDA a kernel for tensor cores, and PyTorch's own convolutions
-elsewhere and where the kernel does not apply; and `toeplitz_weight_grad`, the gradients of its kernels, by PyTorch's
-convolutions everywhere. The gradient of x is toeplitz_conv with flipped kernels.
+Operators `torch.ops.sw_transplant.toeplitz_conv`, and `toeplitz_weight_grad` for the gradients of its kernels: on CUDA
+kernels for tensor cores, and PyTorch's own convolutions elsewhere and where those do not apply. The gradient of x is
+toeplitz_conv with flipped kernels.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sw_transplant.cuda import launch
 from sw_transplant.ops.toeplitz_reference import pairs, toeplitz_conv_reference, toeplitz_weight_grad_reference
+from sw_transplant.ops.tracing import constant_when_traced
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -65,12 +66,16 @@ def toeplitz_weight_grad(x: Tensor, grad: Tensor, sizes: Sequence[int], origins:
     """The gradients of `toeplitz_conv` with respect to its kernels.
 
     Args:
-        x, grad: (B, C, H, W), the map and the gradient of the output; of one dtype and device.
+        x, grad: (B, C, H, W), the map and the gradient of the output; of one dtype and device. Of a layout other than
+            contiguous the kernel makes a copy first.
         sizes: taps, (kh, kw) of each kernel one after the other.
         origins: as in `toeplitz_conv`.
 
     Returns:
-        One (C, 1, kh, kw) for each kernel, dtype and device of x. Differentiable in x and grad.
+        One (C, 1, kh, kw) for each kernel, contiguous, dtype and device of x. The kernel for CUDA forms sums in
+        float32, rounds them once, and multiplies float32 as `toeplitz_conv` does; its results depend on nothing but
+        the arguments, bit for bit. It applies where `toeplitz_conv` has a kernel, if all taps of a kernel are not
+        outside of the map. Differentiable in x and grad.
     """
     return torch.ops.sw_transplant.toeplitz_weight_grad(x, grad, sizes, origins)
 
@@ -109,12 +114,29 @@ def kernel_applies(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int])
     return x.numel() > 0 and _plan(x, weights, origins) is not None
 
 
+def weight_grad_kernel_applies(x: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> bool:
+    """Whether `toeplitz_weight_grad` runs its kernel for these arguments, rather than PyTorch's convolutions."""
+    return x.numel() > 0 and _weight_grad_plan(x, sizes, origins) is not None
+
+
 def _plan(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int]) -> Any:
-    if x.device.type != "cuda" or not launch.is_available(x.device.index):
+    if not _has_kernels(x):
         return None
     from sw_transplant.cuda.toeplitz import plan_for
 
     return plan_for(x, [(weight.shape[2], weight.shape[3]) for weight in weights], pairs(origins))
+
+
+def _weight_grad_plan(x: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> Any:
+    if not _has_kernels(x):
+        return None
+    from sw_transplant.cuda.toeplitz import weight_grad_plan_for
+
+    return weight_grad_plan_for(x, pairs(sizes), pairs(origins))
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.device.type == "cuda" and launch.is_available(x.device.index)
 
 
 @torch.library.custom_op(
@@ -143,8 +165,13 @@ def _toeplitz_conv(
     schema="(Tensor x, Tensor grad, int[] sizes, int[] origins) -> Tensor[]",
 )
 def _toeplitz_weight_grad(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> list[Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        return toeplitz_weight_grad_reference(x, grad, sizes, origins)
+    plan = _weight_grad_plan(x, sizes, origins) if x.numel() else None
+    if plan is None:
+        with torch.autocast(x.device.type, enabled=False):
+            return toeplitz_weight_grad_reference(x, grad, sizes, origins)
+    from sw_transplant.cuda.toeplitz import toeplitz_weight_grad
+
+    return toeplitz_weight_grad(x.contiguous(), grad.contiguous(), plan)
 
 
 @_toeplitz_conv.register_fake
@@ -203,3 +230,12 @@ def _grad_of_weight_grad(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor, Ten
 
 _toeplitz_conv.register_autograd(_grad_of_conv, setup_context=_save_conv)
 _toeplitz_weight_grad.register_autograd(_grad_of_weight_grad, setup_context=_save_weight_grad)
+
+
+@constant_when_traced
+def why_no_kernel(device: int) -> str:
+    """Why `toeplitz_conv` has no kernel on CUDA device number `device`; empty where it has one."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs tensor cores for TF32: compute capability 8.0, not {capability[0]}.{capability[1]}"
+    return "" if launch.is_available(device) else "needs Numba's CUDA kernels, which do not run here"

@@ -71,18 +71,26 @@ class Emitter:
     def load(self, at: Index, offset: int) -> list[Any]:
         return self._operand(self.builder.load(self._pointer(at, offset)))
 
-    def load_matrix(self, at: Index, offset: int) -> list[list[Any]]:
-        """The words of an A fragment, from the addresses of 16 rows of 2 x 4 words that the lanes give."""
+    def load_matrix(self, at: Index, offset: int, count: int = 4, transposed: bool = False) -> list[list[Any]]:
+        """`count` matrices of 8 rows of 4 words; 8 lanes each give the rows' addresses. Lane l gets word l & 3 of row
+        l >> 2; `transposed`, that of the matrix of 8 x 8 values of 16 bits with rows and columns swapped."""
+        outputs = ",".join(f"${i}" for i in range(count))
         # Said to touch memory, lest it be moved over a barrier; the assembler knows better and orders it freely.
         asm = ir.InlineAsm(
-            ir.FunctionType(ir.LiteralStructType([_i32] * 4), [_i32]),
-            f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0,$1,$2,$3}}, [$4+{4 * offset}];",
-            "=r,=r,=r,=r,r,~{memory}",
+            ir.FunctionType(ir.LiteralStructType([_i32] * count), [_i32]),
+            f"ldmatrix.sync.aligned.m8n8.x{count}{'.trans' if transposed else ''}.shared.b16 "
+            f"{{{outputs}}}, [${count}+{4 * offset}];",
+            "=r," * count + "r,~{memory}",
             side_effect=True,
         )
         address = self.builder.ptrtoint(self._pointer(at, 0), _i32)
         words = self.builder.call(asm, [address], attrs=_TOGETHER)
-        return [self._operand(self.builder.extract_value(words, i)) for i in range(4)]
+        return [self._operand(self.builder.extract_value(words, i)) for i in range(count)]
+
+    def splice(self, first: list[Any], second: list[Any]) -> list[Any]:
+        """The upper value of one word of two, and the lower value of the other."""
+        asm = ir.InlineAsm(ir.FunctionType(_i32, [_i32, _i32]), "prmt.b32 $0, $1, $2, 0x5432;", "=r,r,r")
+        return [self.builder.call(asm, [*first, *second])]
 
     def mma(self, a: Sequence[Any], b: Sequence[Any], c: Sequence[Any]) -> list[Any]:
         sums = list(c)
@@ -91,8 +99,13 @@ class Emitter:
             sums = self._mma([word[i] for word in a], [word[j] for word in b], sums)
         return sums
 
-    def repeat(self, times: int, body: Callable[..., list[Any]], state: list[Any]) -> list[Any]:
-        """state = body(number, state) for number = 0 .. times - 1."""
+    def add(self, first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+        return [self.builder.fadd(a, b) for a, b in zip(first, second, strict=True)]
+
+    def repeat(
+        self, times: int, body: Callable[..., list[Any]], state: list[Any], first: "Index | int" = 0, by: int = 1
+    ) -> list[Any]:
+        """state = body(number, state) for number = first, first + by, ... below times; at least once."""
         builder = self.builder
         before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
         builder.branch(loop)
@@ -100,10 +113,10 @@ class Emitter:
         number = builder.phi(_i32)
         carried = [builder.phi(value.type) for value in state]
         result = body(Index(builder, number), carried)
-        following = builder.add(number, ir.Constant(_i32, 1))
-        firsts, laters = [ir.Constant(_i32, 0), *state], [following, *result]
-        for phi, first, later in zip([number, *carried], firsts, laters, strict=True):
-            phi.add_incoming(first, before)
+        following = builder.add(number, ir.Constant(_i32, by))
+        begin = first.value if isinstance(first, Index) else ir.Constant(_i32, first)
+        for phi, value, later in zip([number, *carried], [begin, *state], [following, *result], strict=True):
+            phi.add_incoming(value, before)
             phi.add_incoming(later, builder.block)
         again = builder.cbranch(builder.icmp_unsigned("<", following, ir.Constant(_i32, times)), loop, after)
         # Not unrolled: its body is long enough, and a longer one needs more registers than there are.
@@ -114,15 +127,19 @@ class Emitter:
         builder.position_at_end(after)
         return result
 
-    def choose(self, which: Index, variants: Sequence[Callable[[], list[Any]]]) -> list[Any]:
-        """The result of one of the variants."""
+    def choose(
+        self, which: Index, variants: Sequence[Callable[[], list[Any]]], table: Sequence[int] | None = None
+    ) -> list[Any]:
+        """The result of variant number table[which], or number `which`."""
+        table = range(len(variants)) if table is None else table
         if len(variants) == 1:
             return variants[0]()
         builder = self.builder
         cases, after = [builder.append_basic_block() for _ in variants], builder.append_basic_block()
-        switch = builder.switch(which.value, cases[0])
-        for number, case in enumerate(cases[1:], 1):
-            switch.add_case(ir.Constant(_i32, number), case)
+        switch = builder.switch(which.value, cases[table[0]])
+        for number, variant_number in enumerate(table):
+            if number:
+                switch.add_case(ir.Constant(_i32, number), cases[variant_number])
         ends = []
         for case, variant in zip(cases, variants, strict=True):
             builder.position_at_end(case)
@@ -173,7 +190,7 @@ def device_products(plan: Plan) -> tuple[Any, Any]:
     @intrinsic
     def products(typing_context, words, plane, taps, lane, part):
         def codegen(context, builder, signature, args):
-            ops = Emitter(builder, plan.math, _data(context, builder, signature.args[0], args[0]))
+            ops = Emitter(builder, plan.math, data_pointer(context, builder, signature.args[0], args[0]))
             sums = multiply(ops, plan, *(Index(builder, value) for value in args[1:]))
             return context.make_tuple(builder, signature.return_type, sums)
 
@@ -182,7 +199,7 @@ def device_products(plan: Plan) -> tuple[Any, Any]:
     @intrinsic
     def spread_sums(typing_context, words, sums, plane, lane, part):
         def codegen(context, builder, signature, args):
-            ops = Emitter(builder, plan.math, _data(context, builder, signature.args[0], args[0]))
+            ops = Emitter(builder, plan.math, data_pointer(context, builder, signature.args[0], args[0]))
             values = [builder.extract_value(args[1], i) for i in range(len(sums_type))]
             spread(ops, plan, values, *(Index(builder, value) for value in args[2:]))
             return context.get_dummy_value()
@@ -192,5 +209,6 @@ def device_products(plan: Plan) -> tuple[Any, Any]:
     return products, spread_sums
 
 
-def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+def data_pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    """Where the elements of an array lie."""
     return context.make_array(array_type)(context, builder, array).data

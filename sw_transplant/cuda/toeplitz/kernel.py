@@ -8,34 +8,24 @@ to the output, where bias and residual are added. A channel's plane is addressed
 
 from typing import Any
 
-import torch
 from numba import cuda
 from numba.cuda import types
 
 from sw_transplant.cuda.intrinsics import (
     SCALARS,
-    SIMULATOR,
     advance,
     device_function,
-    float32_bits,
     float32_from_bits,
     quotient,
 )
 from sw_transplant.cuda.launch import KernelSource
 from sw_transplant.cuda.toeplitz.plan import TAP_MARGIN, Plan, line_words
-from sw_transplant.cuda.toeplitz.words import block_afresh, round_to_tf32, thread_afresh
+from sw_transplant.cuda.toeplitz.staging import ALIGNMENT, DTYPES, IN_FLIGHT, arrange, raw_type, stage_map_of, word_of
+from sw_transplant.cuda.toeplitz.words import block_afresh, thread_afresh
 
 int32, uint32, int64, uint64, float32 = types.int32, types.uint32, types.int64, types.uint64, types.float32
 
-DTYPES = {
-    "tf32": torch.float32,
-    "tf32x3": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-ALIGNMENT = None if SIMULATOR else 16  # bytes, of shared memory: matrices are loaded by rows of 16
 MAX_KERNELS = 4  # pointers to taps that the kernel takes
-IN_FLIGHT = 16  # loads of a thread that overlap
 
 
 def toeplitz_source(plan: Plan, has_bias: bool, residual: bool, functions: Any = None) -> KernelSource:
@@ -54,8 +44,7 @@ def toeplitz_source(plan: Plan, has_bias: bool, residual: bool, functions: Any =
     products, spread_sums = functions
     scalar = SCALARS[DTYPES[plan.math]]
     stored, widen, narrow = scalar.stored, scalar.widen, scalar.narrow
-    raw = types.uint16 if plan.packed else types.float32  # how a value is taken to shared memory
-    packed, rounded = plan.packed, plan.math == "tf32"
+    raw, word, packed = raw_type(plan.math), word_of(plan.math), plan.packed
     kernels, copies = len(plan.kernels), list(dict.fromkeys(plan.copies.values()))
     two_copies = len(copies) == 2
     planes, plane_words = plan.planes, plan.plane_words
@@ -66,59 +55,8 @@ def toeplitz_source(plan: Plan, has_bias: bool, residual: bool, functions: Any =
     out_chunks = -(-tile_columns // out_across)
     out_at_once = max(1, IN_FLIGHT // (2 * out_chunks))
 
-    @device_function
-    def word(low, high):
-        if packed:
-            return uint32(uint32(low) | uint32(uint32(high) << uint32(16)))
-        if rounded:
-            return round_to_tf32(low)
-        return float32_bits(low)
-
-    def stage_map_of(copy):
-        rows, pitch, start, lead = copy.rows, copy.pitch, copy.first, copy.lead
-        row, column, (row_step, column_step) = copy.row, copy.column, copy.step
-        across, down = arrange(plane_threads, pitch, rows)
-        chunks = -(-pitch // across)
-        at_once = max(1, IN_FLIGHT // (2 * chunks if packed else chunks))
-        in_flight = chunks * at_once
-
-        @device_function
-        def stage_map(shared, plane, source, top, left, height, width, thread):
-            low = cuda.local.array(in_flight, raw)
-            high = cuda.local.array(in_flight, raw)
-            my_row = int32(quotient(uint32(thread), uint32(across)))
-            my_column = int32(thread - my_row * across)
-            first_x = int32(left + column + my_column * column_step)
-            for first in range(my_row, int32(rows), int32(down * at_once)):
-                for u in range(at_once):  # all loads, then all stores: the loads overlap
-                    y = int32(top + row + (first + u * down) * row_step)
-                    for k in range(chunks):
-                        x = int32(first_x + k * (across * column_step))
-                        at = int32(y * width + x)
-                        low[u * chunks + k] = raw(0)
-                        high[u * chunks + k] = raw(0)
-                        if uint32(y) < uint32(height) and uint32(x) < uint32(width):
-                            low[u * chunks + k] = source[at]
-                        if packed:
-                            if row_step == 2:
-                                if uint32(int32(y + 1)) < uint32(height) and uint32(x) < uint32(width):
-                                    high[u * chunks + k] = source[int32(at + width)]
-                            elif uint32(y) < uint32(height) and uint32(int32(x + 1)) < uint32(width):
-                                high[u * chunks + k] = source[int32(at + 1)]
-                # Counted in 64 bits, offsets that are known become part of the instruction.
-                to = uint64(uint32(plane + start + first * pitch + my_column))
-                for u in range(at_once):
-                    for k in range(chunks):
-                        staged = word(low[u * chunks + k], high[u * chunks + k])
-                        if first < rows - u * down and my_column < pitch - k * across:
-                            shared[uint64(to + uint64(u * down * pitch + k * across))] = staged
-            for q in range(int32(thread), int32(lead), int32(plane_threads)):
-                shared[uint32(plane + start - lead + q)] = uint32(0)
-
-        return stage_map
-
-    stage_first = stage_map_of(copies[0])
-    stage_second = stage_map_of(copies[-1])
+    stage_first = stage_map_of(copies[0], plan.math, plane_threads)
+    stage_second = stage_map_of(copies[-1], plan.math, plane_threads)
 
     def stage_taps_of(number):
         kernel = plan.kernels[min(number, kernels - 1)]
@@ -241,14 +179,3 @@ def toeplitz_source(plan: Plan, has_bias: bool, residual: bool, functions: Any =
     signature = types.void(memory, *[bits] * 5, memory, memory, *[int32] * 7)
     blocks = max(1, 65536 // (plan.registers * threads))
     return KernelSource(toeplitz_forward, signature, (threads, blocks))
-
-
-def arrange(threads: int, columns: int, rows: int) -> tuple[int, int]:
-    """Threads (across, down) that step over a matrix without divisions, with few of them beside it."""
-    across = [2**i for i in range(2, 6) if threads % 2**i == 0]
-
-    def covered(a: int) -> int:
-        return -(-columns // a) * a * -(-rows // (threads // a)) * (threads // a)
-
-    best = min(across, key=lambda a: (covered(a), -a))
-    return best, threads // best

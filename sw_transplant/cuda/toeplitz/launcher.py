@@ -43,6 +43,17 @@ def math_of(dtype: torch.dtype) -> str | None:
 
 def plan_for(x: Tensor, sizes: Sequence[Size], origins: Sequence[Size]) -> Plan | None:
     """The plan for a map (B, C, H, W) on a CUDA device, or None where the kernel does not apply."""
+    arguments = arguments_of_plan(x, sizes, origins)
+    plan = None if arguments is None else choose_plan(*arguments)
+    if plan is None or divide(plan, x.shape[0], x.shape[1], (x.shape[2], x.shape[3])).blocks > INT32_MAX:
+        return None
+    return plan
+
+
+def arguments_of_plan(
+    x: Tensor, sizes: Sequence[Size], origins: Sequence[Size]
+) -> tuple[str, Size, tuple[Size, ...], tuple[Size, ...], int, int] | None:
+    """What a plan is chosen by, for a map on a CUDA device, or None where no kernel applies."""
     math = math_of(x.dtype)
     height, width = x.shape[2:]
     if math is None or not 1 <= len(sizes) <= MAX_KERNELS or max(height * width, x.shape[0]) > INT32_MAX - 2**24:
@@ -52,10 +63,7 @@ def plan_for(x: Tensor, sizes: Sequence[Size], origins: Sequence[Size]) -> Plan 
     capability, limit, total = _shared_memory(x.device.index)
     if capability < (8, 0):  # TF32 and bfloat16 products came with Ampere
         return None
-    plan = choose_plan(math, (height, width), tuple(sizes), tuple(origins), limit, total)
-    if plan is None or divide(plan, x.shape[0], x.shape[1], (height, width)).blocks > INT32_MAX:
-        return None
-    return plan
+    return math, (height, width), tuple(sizes), tuple(origins), limit, total
 
 
 @functools.cache

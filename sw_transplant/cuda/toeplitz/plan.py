@@ -167,20 +167,20 @@ class Plan:
         if contracted[0] is not None:
             top -= (top - contracted[0]) % step[0]  # pairs of rows begin where the steps begin
         # Without bank conflicts: 8 rows of 4 words, or (rows of pairs) 4 rows of 8 words.
-        pitch = _up(-(-width // step[1]), 16, 8) if step == (2, 1) else _up(-(-width // step[1]), 8, 4)
-        lead = _up(-(-missing // step[1]), 4, 0)
-        return Copy(_up(after, 4, 0) + lead, lead, top, begin, step, -(-(last[0] - top) // step[0]), pitch)
+        pitch = padded(-(-width // step[1]), 16, 8) if step == (2, 1) else padded(-(-width // step[1]), 8, 4)
+        lead = padded(-(-missing // step[1]), 4)
+        return Copy(padded(after, 4) + lead, lead, top, begin, step, -(-(last[0] - top) // step[0]), pitch)
 
     @property
     def out_pitch(self) -> int:
         """Words from one row of results to the next: pairs of 4 rows then hit different banks."""
-        return _up(self.tile[1], 16, 8)
+        return padded(self.tile[1], 16, 8)
 
     @functools.cached_property
     def plane_words(self) -> int:
         """Shared memory of one plane: the copies, and later in their place the results."""
         copies = max(copy.end for copy in self.copies.values())
-        return _up(max(copies, self.tile[0] * self.out_pitch), 4, 0)
+        return padded(max(copies, self.tile[0] * self.out_pitch), 4)
 
     def first_tap(self, number: int) -> int:
         """Where the lines of kernel `number` begin, from the beginning of the taps."""
@@ -207,6 +207,6 @@ def line_words(kernel: Kernel) -> int:
     return TAP_MARGIN + kernel.length + TAP_MARGIN - 1
 
 
-def _up(value: int, modulus: int, residue: int) -> int:
+def padded(value: int, modulus: int, residue: int = 0) -> int:
     """The smallest number of at least `value` that leaves this residue."""
     return value + (residue - value) % modulus

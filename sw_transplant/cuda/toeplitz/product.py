@@ -13,6 +13,7 @@ C (16 x 8): c0 (g, 2t), c1 (g, 2t+1), c2 (g+8, 2t), c3 (g+8, 2t+1).
 from typing import Any
 
 from sw_transplant.cuda.toeplitz.plan import TAP_MARGIN, Kernel, Plan, line_words
+from sw_transplant.cuda.toeplitz.tally import Tally
 
 
 def multiply(ops: Any, plan: Plan, plane: Any, taps: Any, lane: Any, part: Any) -> list[Any]:
@@ -153,37 +154,8 @@ def _along_rows(ops, plan, kernel, sums, plane, lines, lane, part):
     return ops.choose(part, [variant(16 * plan.blocks * p) for p in range(plan.parts)])
 
 
-class Count:
-    """Counts what `multiply` does for one plane: matrix products, and words of shared memory that its warps load."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.products = self.loads = 0
-        self._parts = self._times = plan.parts
-        multiply(self, plan, 0, 0, 0, 0)
-
-    def nothing(self) -> None:
-        return None
-
-    no_operand = nothing
-
-    def load(self, at: Any, offset: int) -> None:
-        self.loads += self._times
-
-    def load_matrix(self, at: Any, offset: int) -> None:
-        self.loads += 4 * self._times
-
-    def mma(self, a: Any, b: Any, c: list[Any]) -> list[Any]:
-        self.products += self._times
-        return c
-
-    def repeat(self, times: int, body: Any, state: list[Any]) -> list[Any]:
-        self._times *= times
-        body(0, state)
-        self._times //= times
-        return state
-
-    def choose(self, which: Any, variants: list[Any]) -> list[Any]:
-        self._times //= self._parts  # each variant is run by one of the warps
-        results = [variant() for variant in variants]
-        self._times *= self._parts
-        return results[0]
+def count(plan: Plan) -> Tally:
+    """What `multiply` does for one plane, all of its warps together."""
+    tally = Tally(plan.parts)
+    multiply(tally, plan, 0, 0, 0, 0)
+    return tally

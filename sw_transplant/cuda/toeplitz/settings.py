@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from sw_transplant.cuda.toeplitz.plan import Kernel, Plan, Size
-from sw_transplant.cuda.toeplitz.product import Count
+from sw_transplant.cuda.toeplitz.product import count
 
 WHOLE_COLUMNS = 9  # a map up to 72 wide is one tile across
 WHOLE_ROWS = 128
@@ -52,7 +52,7 @@ def choose_plan(
 def _candidates(math: str, size: Size, sizes: Sequence[Size], origins: Sequence[Size]) -> Iterator[Plan]:
     """Plans of one plane each, before it is known whether they fit."""
     for kernels, (blocks, columns) in itertools.product(
-        _oriented(sizes, origins), itertools.product((1, 2, 4), _tile_columns(size[1]))
+        oriented(sizes, origins), itertools.product((1, 2, 4), _tile_columns(size[1]))
     ):
         if 4 * blocks * columns > MOST_SUMS:
             continue
@@ -68,7 +68,7 @@ def _candidates(math: str, size: Size, sizes: Sequence[Size], origins: Sequence[
                 yield dataclasses.replace(plan, registers=registers)
 
 
-def _oriented(sizes: Sequence[Size], origins: Sequence[Size]) -> Iterator[tuple[Kernel, ...]]:
+def oriented(sizes: Sequence[Size], origins: Sequence[Size]) -> Iterator[tuple[Kernel, ...]]:
     """Long kernels are contracted along their long side; the square ones all alike, in both ways."""
     axes = {(0 if kh > kw else 1, 0 if kh >= kw else 1) for kh, kw in sizes if kh == kw} or {(1, 1)}
     for square in (1, 0) if len(axes) and any(kh == kw for kh, kw in sizes) else (1,):
@@ -114,10 +114,10 @@ def _registers(plan: Plan) -> int | None:
 
 def _cycles(plan: Plan, size: Size) -> float:
     """Cycles of one image and channel, on a multiprocessor that never waits."""
-    count = Count(plan)
+    tally = count(plan)
     copies = set(plan.copies.values())
     staged = sum(copy.lead + copy.rows * copy.pitch for copy in copies) + plan.tile[0] * plan.tile[1]
-    products = count.products * (3 if plan.math == "tf32x3" else 1)
-    cycles = PRODUCT_CYCLES * products + LOAD_CYCLES * count.loads + STAGE_CYCLES / 4 * staged / 32
+    products = tally.products * (3 if plan.math == "tf32x3" else 1)
+    cycles = PRODUCT_CYCLES * products + LOAD_CYCLES * tally.loads + STAGE_CYCLES / 4 * staged / 32
     down, across = (-(-s // t) for s, t in zip(size, plan.step_out, strict=True))
     return down * across * cycles

@@ -1,0 +1,167 @@
+# mypy: disallow-untyped-defs=False
+"""The kernel around the products of the weight gradient: tiles into shared memory, sums of diagonals out of it.
+
+A thread block owns some lines of the kernels of one channel, and a chunk of the tiles of all images: `turns` times
+`plan.planes` of them. Each turn stages tiles of the map and of the gradient, and adds their products to sums that stay
+in registers. At the end every warp writes the fragments of a line side by side, and the sums of their diagonals go
+to the workspace, (chunks, channels * taps) float32, with all warps that share a line in a fixed order. Adding up the
+chunks is left to the caller. The same inputs give the same bits.
+"""
+
+from typing import Any
+
+from numba import cuda
+from numba.cuda import types
+
+from sw_transplant.cuda.intrinsics import advance, device_function, float32_from_bits, quotient
+from sw_transplant.cuda.launch import KernelSource
+from sw_transplant.cuda.toeplitz.gradient.plan import ROWS, GradientPlan
+from sw_transplant.cuda.toeplitz.kernel import MAX_KERNELS
+from sw_transplant.cuda.toeplitz.staging import ALIGNMENT, raw_type, stage_map_of
+from sw_transplant.cuda.toeplitz.words import block_afresh, thread_afresh
+
+int32, uint32, int64, float32 = types.int32, types.uint32, types.int64, types.float32
+
+
+def gradient_source(plan: GradientPlan, functions: Any = None) -> KernelSource:
+    """The kernel of a plan.
+
+    Args:
+        plan: the geometry.
+        functions: stands in for `emit.device_gradients(plan)` where there are no instructions to emit.
+    """
+    if functions is None:
+        from sw_transplant.cuda.toeplitz.gradient.emit import device_gradients
+
+        functions = device_gradients(plan)
+    no_sums, add_products, spread_sums = functions
+    kernels, taps, slots = len(plan.kernels), plan.taps, max(plan.lines)
+    planes, plane_words, shares, together = plan.planes, plan.plane_words, plan.shares, plan.together
+    threads, plane_threads, shared_words = plan.threads, 32 * plan.plane_warps, plan.shared_words
+    parts, sharing = plan.parts, plan.planes * plan.parts  # warps with the same lines
+    scratch_pitch, scratch_words = plan.scratch_pitch, ROWS * plan.scratch_pitch
+    tile_rows, tile_columns = plan.tile
+    _, first_1, first_2, first_3 = (plan.first_group(min(i, kernels)) for i in range(MAX_KERNELS))
+    stage_map = stage_map_of(plan.map_copy, plan.math, plane_threads, plan.map_region)
+    stage_grad = stage_map_of(plan.grad_copy, plan.math, plane_threads, plan.grad_region)
+
+    @device_function
+    def place_of_block(channels):
+        """Chunk, channel, and the first of the block's groups of lines."""
+        block = uint32(block_afresh(cuda.blockIdx.x))
+        above = quotient(block, uint32(shares))
+        chunk = quotient(above, uint32(channels))
+        channel = int32(above - chunk * uint32(channels))
+        return int32(chunk), channel, int32(int32(block - above * uint32(shares)) * together)
+
+    @device_function
+    def seat_of_thread():
+        """The thread's plane in the block, its number among those of the plane, and its warp's part and group."""
+        thread = uint32(thread_afresh(cuda.threadIdx.x))
+        mine = quotient(thread, uint32(plane_threads))
+        in_plane = int32(thread - mine * uint32(plane_threads))
+        part = quotient(uint32(in_plane >> 5), uint32(together))
+        return int32(mine), in_plane, int32(part), int32(int32(in_plane >> 5) - int32(part) * together)
+
+    @device_function
+    def kernel_of_group(group):
+        """Number of the kernel, and of the group among its own."""
+        number, first = int32(0), int32(0)
+        if kernels > 1 and group >= first_1:
+            number, first = int32(1), int32(first_1)
+        if kernels > 2 and group >= first_2:
+            number, first = int32(2), int32(first_2)
+        if kernels > 3 and group >= first_3:
+            number, first = int32(3), int32(first_3)
+        return number, int32(group - first)
+
+    @device_function
+    def stage(shared, plane, x, grad, item, channel, channels, height, width, tiles_down, tiles_across, thread):
+        above = quotient(uint32(item), uint32(tiles_across))
+        image = quotient(above, uint32(tiles_down))
+        top = int32(int32(above - image * uint32(tiles_down)) * tile_rows)
+        left = int32(int32(uint32(item) - above * uint32(tiles_across)) * tile_columns)
+        begin = (int64(image) * channels + channel) * height * width
+        stage_map(shared, plane, advance(x, begin), top, left, height, width, thread)
+        stage_grad(shared, plane, advance(grad, begin), top, left, height, width, thread)
+
+    def give_line_of(number):
+        kernel = plan.kernels[min(number, kernels - 1)]
+        length, lines, mine = kernel.length, kernel.lines, plan.lines[min(number, kernels - 1)]
+        tap_step, line_step = (kernel.size[1], 1) if kernel.axis == 0 else (1, kernel.size[1])
+        before = sum(k.size[0] * k.size[1] for k in plan.kernels[:number])
+        own, width = length * lines, 8 * len(plan.distances[min(number, kernels - 1)])
+        first_column = plan.first_column(min(number, kernels - 1))
+
+        @device_function
+        def give_line(shared, out, scratch, chunk, channels, channel, group, slot, sharer, lane):
+            line = int32(group * mine + slot)
+            if slot < mine and line < lines:
+                begin = int64(chunk) * channels * taps + int64(channels) * before + int64(channel) * own
+                target = advance(out, begin + line * line_step)
+                for tap in range(int32(lane + 32 * sharer), int32(length), int32(32 * sharing)):
+                    total = float32(0)
+                    for warp in range(sharing):
+                        for row in range(ROWS):
+                            column = int32(tap + row - first_column)
+                            if column >= 0 and column < width:
+                                at = int32(scratch + warp * (together * scratch_words) + row * scratch_pitch + column)
+                                total = float32(total + float32_from_bits(shared[at]))
+                    target[int32(tap * tap_step)] = total
+
+        return give_line
+
+    give_line_0, give_line_1, give_line_2, give_line_3 = map(give_line_of, range(MAX_KERNELS))
+
+    def toeplitz_weight_grad(
+        x, grad, out, items, channels, height, width, tiles_down, tiles_across, turns
+    ):  # fmt: skip
+        shared = cuda.shared.array(0, uint32, ALIGNMENT)
+        for q in range(int32(cuda.threadIdx.x), int32(shared_words), int32(threads)):
+            shared[q] = uint32(0)
+        cuda.syncthreads()
+
+        # Each step works out anew where it is: that is cheap, and the products need all registers there are.
+        sums = no_sums(shared)
+        turn = int32(0)
+        while turn < turns:
+            chunk, channel, _ = place_of_block(channels)
+            mine, in_plane, _, _ = seat_of_thread()
+            item = int32((chunk * turns + turn) * planes + mine)
+            if item < items:
+                plane = int32(mine * plane_words)
+                stage(
+                    shared, plane, x, grad, item, channel, channels, height, width, tiles_down, tiles_across, in_plane
+                )
+            cuda.syncthreads()
+
+            chunk, _, first_group = place_of_block(channels)
+            mine, in_plane, part, group = seat_of_thread()
+            if int32((chunk * turns + turn) * planes + mine) < items:
+                plane, group = int32(mine * plane_words), int32(first_group + group)
+                sums = add_products(shared, sums, plane, int32(in_plane & 31), group, part)
+            cuda.syncthreads()
+            turn = int32(turn + 1)
+
+        for slot in range(slots):
+            chunk, channel, first_group = place_of_block(channels)
+            mine, in_plane, part, seat = seat_of_thread()
+            number, group = kernel_of_group(int32(first_group + seat))
+            sharer = int32(mine * parts + part)
+            lane, scratch = int32(in_plane & 31), int32(seat * scratch_words)
+            own = int32(scratch + sharer * (together * scratch_words))
+            spread_sums(shared, sums, own, lane, int32(number * slots + slot))
+            cuda.syncthreads()
+            if number == 0:
+                give_line_0(shared, out, scratch, chunk, channels, channel, group, slot, sharer, lane)
+            if kernels > 1 and number == 1:
+                give_line_1(shared, out, scratch, chunk, channels, channel, group, slot, sharer, lane)
+            if kernels > 2 and number == 2:
+                give_line_2(shared, out, scratch, chunk, channels, channel, group, slot, sharer, lane)
+            if kernels > 3 and number == 3:
+                give_line_3(shared, out, scratch, chunk, channels, channel, group, slot, sharer, lane)
+            cuda.syncthreads()
+
+    bits = types.CPointer(raw_type(plan.math))
+    signature = types.void(bits, bits, types.CPointer(float32), *[int32] * 7)
+    return KernelSource(toeplitz_weight_grad, signature, (threads, max(1, plan.most_resident)))

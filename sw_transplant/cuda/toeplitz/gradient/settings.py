@@ -1,0 +1,137 @@
+"""Which plan a weight gradient uses: a search over the few that make sense, with a count of what each would do."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
+from sw_transplant.cuda.toeplitz.gradient.product import count
+from sw_transplant.cuda.toeplitz.plan import Size, padded
+from sw_transplant.cuda.toeplitz.settings import (
+    LOAD_CYCLES,
+    PRODUCT_CYCLES,
+    RESERVED_SHARED,
+    RESIDENT_WARPS,
+    STAGE_CYCLES,
+    oriented,
+)
+from sw_transplant.cuda.toeplitz.staging import IN_FLIGHT
+
+WHOLE = 96  # rows or columns that one tile covers
+CUT = 48  # with more than that, tiles may be smaller than the map
+TILES = (32, 64, 96)  # about the rows or columns of the tiles of a map that is cut
+MOST_SUMS = 144  # registers of a thread for sums
+MOST_WARPS = 12  # of a thread block
+MOST_RESIDENT = 16  # thread blocks that a multiprocessor of any kind takes
+WAIT_CYCLES = 700  # from a load of global memory to its arrival
+TURNS = 8  # the fragments of a line are given away once in about so many turns
+
+
+class Work(NamedTuple):
+    """Cycles of a multiprocessor that never waits, for one plane."""
+
+    groups: tuple[float, ...]  # the products of each group of lines
+    staging: float
+    giving: float  # fragments of sums through shared memory, per warp that shares a line, once in a block's life
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_gradient_plan(
+    math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...], shared_limit: int, shared_total: int
+) -> GradientPlan | None:
+    """The plan of least cost for a map, or None if none fits; arguments as of `toeplitz.settings.choose_plan`."""
+    best: tuple[float, GradientPlan] | None = None
+    for shape in _shapes(math, size, sizes, origins):
+        tiles = -(-size[0] // shape.tile[0]) * -(-size[1] // shape.tile[1])
+        work = _work(shape)
+        for plan in _divisions(shape):
+            shared = 4 * plan.shared_words
+            if shared <= shared_limit:
+                resident = min(shared_total // (shared + RESERVED_SHARED), plan.most_resident, MOST_RESIDENT)
+                cost = tiles * _cycles(plan, work, resident)
+                if best is None or cost < best[0]:
+                    best = cost, plan
+    return best[1] if best else None
+
+
+def _shapes(math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...]) -> Iterator[GradientPlan]:
+    """Tiles and lines; every group of lines on its own."""
+    for kernels, tile in itertools.product(oriented(sizes, origins), itertools.product(*map(_extents, size))):
+        whole = tuple(s if s == t else None for s, t in zip(size, tile, strict=True))
+        plan = GradientPlan(math, kernels, (whole[0], whole[1]), tile, (1,) * len(sizes), 1, 1, 1, 255)
+        if not plan.applies:
+            continue
+        needed = [4 * len(distances) for distances in plan.distances]
+        found = set()
+        for most in range(max(needed), MOST_SUMS + 1, 4):
+            lines = tuple(_even(k.lines, max(1, most // n)) for k, n in zip(kernels, needed, strict=True))
+            divided = dataclasses.replace(plan, lines=lines)
+            registers = _registers(divided)
+            if registers is not None and lines not in found:
+                found.add(lines)
+                yield dataclasses.replace(divided, registers=registers)
+
+
+def _registers(plan: GradientPlan) -> int | None:
+    """Registers of a thread that the assembler gets along with (`tests/cuda/test_toeplitz_gradient_ptx.py`); None if
+    too many.
+
+    Beside the sums it wants the fragments of the gradient that a fragment of the map meets, and loads that are under
+    way; split operands, and sums of one plane at a time, double that. A quarter of a multiprocessor has 512 registers
+    for a lane: these are the limits at which it takes one warp less.
+    """
+    needed, limits = plan.sums, ((40, 96), (72, 128), (104, 168), (MOST_SUMS, 255))
+    if plan.math == "tf32x3":
+        limits = ((16, 96), (24, 128), (36, 168), (72, 255))
+    elif plan.packed:
+        needed += 4 * max(0, max(len(met) for band in plan.bands for _, met in band) - 4)
+    return next((registers for limit, registers in limits if needed <= limit), None)
+
+
+def _divisions(shape: GradientPlan) -> Iterator[GradientPlan]:
+    """Warps of a thread block: groups of lines, planes, and parts of their steps."""
+    groups = len(shape.groups)
+    steps = min(shape.steps(kernel.axis) for kernel in shape.kernels)
+    for shares, planes, parts in itertools.product(range(1, groups + 1), (1, 2, 4, 8), (1, 2, 4)):
+        together = -(-groups // shares)
+        plan = dataclasses.replace(shape, together=together, planes=planes, parts=parts)
+        if plan.shares == shares and plan.warps <= MOST_WARPS and parts <= steps and plan.most_resident:
+            yield plan
+
+
+def _extents(size: int) -> list[int]:
+    """Rows or columns of tiles: all of a small map, about equal shares of a large one."""
+    shares = {-(-size // tile) for tile in TILES} if size > CUT else set()
+    cut = {padded(-(-size // n), 16) for n in shares if n > 1}
+    return sorted(cut | ({size} if size <= WHOLE else set()))
+
+
+def _even(lines: int, most: int) -> int:
+    """Lines of a warp, with no more than `most`, so that all warps have about as many."""
+    return -(-lines // -(-lines // most))
+
+
+def _work(shape: GradientPlan) -> Work:
+    times = 3 if shape.math == "tf32x3" else 1
+    tallies = [count(shape, variant) for variant in shape.variants]
+    groups = [PRODUCT_CYCLES * times * tally.products + LOAD_CYCLES * tally.loads for tally in tallies]
+    staged = sum(region.rows * region.words for region in (shape.map_region, shape.grad_region))
+    giving = sum(k.lines * (4 * len(d) + k.length / 2) for k, d in zip(shape.kernels, shape.distances, strict=True))
+    return Work(tuple(groups[v] for v in shape.variant_of_group), STAGE_CYCLES / 4 * staged / 32, giving)
+
+
+def _cycles(plan: GradientPlan, work: Work, resident: int) -> float:
+    """Cycles of a multiprocessor for one plane, `resident` thread blocks being on it at a time."""
+    steps = min(plan.steps(kernel.axis) for kernel in plan.kernels)
+    slowest = max(work.groups) * -(-steps // plan.parts) / (steps / plan.parts)
+    busy = sum(work.groups) / (slowest * plan.together * plan.shares)  # of the warps, while products are computed
+    products = sum(work.groups) * max(1.0, RESIDENT_WARPS / (resident * plan.warps * busy))
+    cycles = products + work.staging * plan.shares + work.giving * plan.parts / TURNS
+    values = 2 if plan.packed else 1
+    threads = 32 * plan.plane_warps
+    waits = sum(-(-r.rows * r.words * values // (threads * IN_FLIGHT)) for r in (plan.map_region, plan.grad_region))
+    # A block waits for its loads, while the others on the multiprocessor compute.
+    own = cycles * plan.planes / plan.shares
+    return max(own, (own + WAIT_CYCLES * waits) / resident) / plan.planes * plan.shares

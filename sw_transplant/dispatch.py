@@ -1,0 +1,178 @@
+"""Which execution form runs: the one place that decides, and says why.
+
+A form that is asked for runs wherever it can. ``"auto"`` follows a rule that was measured, never taking what was
+slower than the original convolution:
+
+- On a GPU (H200, torch 2.11, batch 128): a matrix over the whole map ("gemm") up to 14 x 14, at 14 x 14 8 to 17 times
+  and at 7 x 7 6 to 13 times faster than cuDNN; beyond that Toeplitz products, 2.4 to 12 times faster. The one case in
+  which cuDNN won was 16 bits, channels_last, 7 x 7.
+- On a CPU (2 cores with AVX-512, torch 2.15): the original kind of convolution, in the memory format that is fast
+  (:mod:`sw_transplant.ops.depthwise`); for several kernels on up to 7 x 7 "gemm", with the matrix that eval keeps;
+  in training "toeplitz", whose weight gradient is up to 15 times faster than PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .forms import FORMS, Call
+from .geometry import Extent
+from .ops.toeplitz import why_no_kernel
+from .ops.tracing import constant_when_traced
+
+MATRIX_LIMIT = 128 * 2**20
+"""Bytes that the matrices of one layer may take in form "gemm"."""
+SMALL_MAP = 14 * 14
+"""Positions of the largest map that "auto" takes "gemm" for, on a GPU, and in dtypes that a CPU has no kernels for."""
+TINY_MAP = 7 * 7
+"""The same on a CPU in dtypes that it has kernels for."""
+FEW_IMAGES = 16
+WORTH_PRODUCTS = 2e6
+"""Multiplications of one image's forward pass from which on a CPU gains by Toeplitz products in training."""
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Decision(NamedTuple):
+    """The form that runs, and why."""
+
+    form: str
+    reason: str
+
+
+class Conditions(NamedTuple):
+    """What the decision depends on beside the layer and the size of the map.
+
+    Attributes:
+        device: of the map.
+        many: more than ``FEW_IMAGES`` images; not known, and then False, while a compiler traces.
+        channels_last: whether the map is laid out so.
+        coarse_matmul: float32 convolutions are to be exact, while matrix products may use TF32.
+    """
+
+    device: torch.device
+    many: bool
+    channels_last: bool
+    coarse_matmul: bool
+
+
+class Job(NamedTuple):
+    """A layer on a map.
+
+    Attributes:
+        channels: of the map and of the output.
+        call: sizes, stride, dtype.
+        kernels: per output the dense kernels that are added up.
+        trained: the kernels get a gradient, so that what is made of them serves a single call.
+    """
+
+    channels: tuple[int, int]
+    call: Call
+    kernels: Sequence[Sequence[Extent]]
+    trained: bool
+
+
+def check_form(form: str) -> None:
+    """Raises:
+    ValueError: no form has this name.
+    """
+    if form != "auto" and form not in FORMS:
+        raise ValueError(f"form: got {form!r}, expected 'auto' or one of {sorted(FORMS)}")
+
+
+def conditions(x: Tensor) -> Conditions:
+    """The conditions of a call with map ``x``."""
+    return Conditions(
+        x.device,
+        not torch.compiler.is_compiling() and x.shape[0] > FEW_IMAGES,
+        not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last),
+        x.is_cuda and _matmul_is_coarser(),
+    )
+
+
+@constant_when_traced
+def _matmul_is_coarser() -> bool:
+    backends = torch.backends
+    return backends.cuda.matmul.fp32_precision == "tf32" != backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+
+
+def choose_form(requested: str, job: Job, given: Conditions) -> Decision:
+    """The form that runs a job.
+
+    Args:
+        requested: ``"auto"`` or a form.
+        job, given: the layer, its map, and the conditions.
+
+    Returns:
+        The form asked for, with "auto" the one of the rule above; "assembled" where that one cannot run.
+
+    Raises:
+        ValueError: no form has this name.
+    """
+    check_form(requested)
+    if requested != "auto":
+        obstacle = _obstacle(requested, job, given)
+        return Decision("assembled", f"{requested} {obstacle}") if obstacle else Decision(requested, "asked for")
+    if given.device.type == "cuda":
+        return _on_gpu(job, given)
+    if given.device.type == "cpu":
+        return _on_cpu(job, given)
+    return Decision("assembled", f"nothing was measured on {given.device.type}")
+
+
+def _obstacle(form: str, job: Job, given: Conditions) -> str:
+    """Why a form cannot run a job; empty if it can."""
+    call = job.call
+    if form == "gemm":
+        needed = len(job.kernels) * job.channels[1] * _positions(call.in_size) * _positions(call.out_size)
+        needed *= job.call.dtype.itemsize
+        return f"would take {needed / 2**20:,.0f} MiB of matrices" if needed > MATRIX_LIMIT else ""
+    if form == "toeplitz":
+        if call.stride != (1, 1) or call.in_size != call.out_size or job.channels[0] != job.channels[1]:
+            return "is for stride 1, outputs of the size of the map and one filter per channel"
+        if all(any(kernel.dilation != (1, 1) for kernel in kernels) for kernels in job.kernels):
+            return "is for kernels without dilation"
+        if given.device.type == "cuda":
+            return _no_kernel(call.dtype, given.device)
+    return ""
+
+
+def _no_kernel(dtype: torch.dtype, device: torch.device) -> str:
+    return why_no_kernel(device.index) if dtype in KERNEL_DTYPES else f"has no kernel for {dtype}"
+
+
+def _positions(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def _on_gpu(job: Job, given: Conditions) -> Decision:
+    area = max(_positions(job.call.in_size), _positions(job.call.out_size))
+    too_large = _obstacle("gemm", job, given)
+    coarse = given.coarse_matmul and job.call.dtype is torch.float32
+    if area <= SMALL_MAP and not too_large and not coarse:
+        return Decision("gemm", "small map")
+    obstacle = _obstacle("toeplitz", job, given)
+    if obstacle:
+        return Decision("assembled", f"toeplitz {obstacle}")
+    longest = max(max(kernel.kernel_size) for kernels in job.kernels for kernel in kernels)
+    if given.channels_last and job.call.dtype is not torch.float32 and longest <= 7:
+        return Decision("assembled", "cuDNN is fast for small kernels in 16 bits and channels_last")
+    return Decision("toeplitz", "tensor cores")
+
+
+def _on_cpu(job: Job, given: Conditions) -> Decision:
+    area = max(_positions(job.call.in_size), _positions(job.call.out_size))
+    extents = [extent for kernels in job.kernels for extent in kernels]
+    if job.call.dtype in (torch.float32, torch.bfloat16):
+        suits_gemm = area <= TINY_MAP and not job.trained and not given.many and len(extents) > 1
+    else:
+        suits_gemm = area <= (TINY_MAP if job.trained else SMALL_MAP)
+    if suits_gemm and not _obstacle("gemm", job, given):
+        return Decision("gemm", "small map")
+    work = job.channels[1] * _positions(job.call.out_size) * sum(extent.taps for extent in extents)
+    if job.trained and work >= WORTH_PRODUCTS and not _obstacle("toeplitz", job, given):
+        return Decision("toeplitz", "weight gradient by products of lines")
+    return Decision("assembled", "fastest convolution here")

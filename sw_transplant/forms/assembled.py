@@ -1,0 +1,137 @@
+"""Form "assembled": the weights are shifted instead of the features; large kernels, and one convolution for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sw_transplant.equivalence import gather_kernel
+from sw_transplant.forms.placed import Biases, Call, DenseKernel, Outputs, Placed
+from sw_transplant.geometry import Extent, enclose
+from sw_transplant.ops.depthwise import depthwise_conv2d
+
+
+class Sum(NamedTuple):
+    """One output: the sum of the responses of dense kernels, and of the map itself where ``residual``."""
+
+    kernels: list[DenseKernel]
+    residual: bool
+
+
+def prepare_assembled(outputs: Outputs, call: Call) -> list[Sum]:
+    """Per output the large kernels, as few as possible without adding work (see :func:`join_kernels`).
+
+    An identity is one more tap of a kernel; where it is all there is, the map stays as it is.
+    """
+    return [add_up(branches, call, residual=all(branch.identity for branch in branches)) for branches in outputs]
+
+
+def add_up(branches: Sequence[Placed], call: Call, *, residual: bool) -> Sum:
+    """The joined kernels of the branches; ``residual`` keeps an identity among them beside the kernels."""
+    first = next((branch for branch in branches if branch.identity), None) if residual else None
+    kernels = join_kernels([dense_kernel(branch) for branch in branches if branch is not first])
+    kernels = [_within_reach(kernel, call) for kernel in kernels]
+    return Sum([DenseKernel(k.weight.to(call.dtype), k.extent) for k in kernels], first is not None)
+
+
+def _within_reach(kernel: DenseKernel, call: Call) -> DenseKernel:
+    """The kernel without the rows and columns that lie outside the map for every output: 47 taps are 27 at 14 x 14."""
+    weight, origin, size = kernel.weight, list(kernel.extent.origin), list(kernel.extent.kernel_size)
+    for axis in range(2):
+        step, before = kernel.extent.dilation[axis], kernel.extent.origin[axis]
+        furthest = (call.out_size[axis] - 1) * call.stride[axis]
+        first = min(max(0, -((furthest - before) // step)), size[axis] - 1)
+        last = min(max(first, (before + call.in_size[axis] - 1) // step), size[axis] - 1)
+        weight = weight.narrow(2 + axis, first, last + 1 - first)
+        origin[axis], size[axis] = before - step * first, last + 1 - first
+    return DenseKernel(weight, Extent((size[0], size[1]), (origin[0], origin[1]), kernel.extent.dilation))
+
+
+def dense_kernel(branch: Placed) -> DenseKernel:
+    """The kernel that a placed branch makes; its scale is multiplied in float32 at least."""
+    weight = gather_kernel(branch.bank, branch.index, branch.extent.kernel_size)
+    if branch.scale is not None:
+        weight = (weight * branch.scale[:, None, None, None]).to(weight.dtype)
+    return DenseKernel(weight, branch.extent)
+
+
+def join_kernels(kernels: Sequence[DenseKernel]) -> list[DenseKernel]:
+    """Adds kernels up into one wherever the sum has no more taps than its parts.
+
+    A 5 x 5 vanishes in a 51 x 5, and dilated kernels in the square that they lie in. A 51 x 5 and a 5 x 51 stay two:
+    their sum would be a 51 x 51 with five times the work.
+    """
+    groups = join_extents([kernel.extent for kernel in kernels])
+    return [reduce(add_kernels, [kernels[i] for i in members]) for _, members in groups]
+
+
+def join_extents(extents: Sequence[Extent]) -> list[tuple[Extent, list[int]]]:
+    """The extents of :func:`join_kernels`, each with the numbers of those that it is made of."""
+    joined: list[tuple[Extent, list[int]]] = []
+    for number in sorted(range(len(extents)), key=lambda i: -extents[i].taps):
+        extent = extents[number]
+        for i, (other, members) in enumerate(joined):
+            outer = enclose(other, extent)
+            if outer.taps <= other.taps + extent.taps:
+                joined[i] = outer, [*members, number]
+                break
+        else:
+            joined.append((extent, [number]))
+    return joined
+
+
+def add_kernels(a: DenseKernel, b: DenseKernel) -> DenseKernel:
+    """The one kernel whose response is the sum of both. Exact but for the rounding of taps that meet."""
+    outer = enclose(a.extent, b.extent)
+    return DenseKernel(embed(a, outer) + embed(b, outer), outer)
+
+
+def embed(kernel: DenseKernel, outer: Extent) -> Tensor:
+    """The kernel's taps on the lattice of an enclosing extent, zeros elsewhere."""
+    weight, inner = kernel.weight, kernel.extent
+    for axis in range(2):
+        spread = inner.dilation[axis] // outer.dilation[axis]
+        dim = 2 + axis
+        taps = (weight.shape[dim] - 1) * spread + 1
+        if spread > 1:  # write the gaps out as zeros
+            gaps = weight.unsqueeze(dim + 1)
+            gaps = F.pad(gaps, [0, 0] * (gaps.dim() - dim - 2) + [0, spread - 1])
+            weight = gaps.flatten(dim, dim + 1).narrow(dim, 0, taps)
+        before = (outer.origin[axis] - inner.origin[axis]) // outer.dilation[axis]
+        after = outer.kernel_size[axis] - before - taps
+        weight = F.pad(weight, (before, after) if axis else (0, 0, before, after))
+    return weight
+
+
+def execute_assembled(x: Tensor, plan: list[Sum], biases: Biases, call: Call) -> list[Tensor]:
+    """One depthwise convolution per large kernel. Memory: that of the original convolutions."""
+    return [run_sum(x, entry, bias, call) for entry, bias in zip(plan, biases, strict=True)]
+
+
+def run_sum(x: Tensor, entry: Sum, bias: Tensor | None, call: Call) -> Tensor:
+    """The responses of all kernels of an output, added up."""
+    if not entry.kernels:
+        y = x[:, :, :: call.stride[0], :: call.stride[1]]
+        return y if bias is None else y + bias[:, None, None]
+    maps = [_convolve(x, kernel, bias if i == 0 else None, call) for i, kernel in enumerate(entry.kernels)]
+    return reduce(add, maps + [x] * entry.residual)
+
+
+def _convolve(x: Tensor, kernel: DenseKernel, bias: Tensor | None, call: Call) -> Tensor:
+    """A convolution pads both sides alike; where that does not give the wanted output, the map is padded or cut."""
+    padding, after, symmetric = list(kernel.extent.origin), [], True
+    for axis in range(2):
+        out, stride = call.out_size[axis], call.stride[axis]
+        reach = kernel.extent.dilation[axis] * (kernel.extent.kernel_size[axis] - 1)
+        after.append((out - 1) * stride + reach + 1 - call.in_size[axis] - padding[axis])
+        # Up to stride - 1 rows at the end may go unread: a convolution that pads that much more gives the same output.
+        symmetric = symmetric and padding[axis] >= 0 and 0 <= padding[axis] - after[axis] < stride
+    if not symmetric:
+        x = F.pad(x, (padding[1], after[1], padding[0], after[0]))
+        padding = [0, 0]
+    return depthwise_conv2d(x, kernel.weight, bias, call.stride, (padding[0], padding[1]), kernel.extent.dilation)
