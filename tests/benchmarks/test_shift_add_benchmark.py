@@ -1,6 +1,5 @@
 """The benchmark's command runs where there is no GPU, and its numbers are those of shift_add."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,15 +8,10 @@ import torch
 
 from sw_transplant.ops import shift_add
 
-FILE = Path(__file__).resolve().parents[2] / "benchmarks/shift_add.py"
-
 
 @pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_shift_add", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(load):
+    return load("shift_add")
 
 
 def test_prints_a_table_and_writes_it(benchmark, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,0 +1,64 @@
+"""Depthwise convolutions and weight gradients, whichever way they are computed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sw_transplant.ops import depthwise
+from sw_transplant.ops.depthwise import depthwise_conv2d, depthwise_weight_grad, lines_weight_grad
+
+# batch, map, kernel, origin: one case for each way that depthwise_weight_grad has on a CPU, and odd ones
+CASES = {
+    "channels_last": (2, (16, 15), (7, 7), (3, 3)),
+    "lines, tall": (2, (16, 12), (13, 3), (6, 1)),
+    "lines, wide": (2, (12, 16), (3, 13), (1, 6)),
+    "lines, beyond the map": (8, (6, 7), (13, 13), (6, 6)),
+    "native": (1, (7, 7), (7, 7), (3, 3)),
+    "lines, even and off centre": (3, (11, 13), (6, 2), (4, 0)),
+    "lines, rows cut": (4, (9, 9), (5, 3), (-2, 3)),
+}
+
+
+def reference(x, grad, size, origin):
+    weight = torch.zeros(x.shape[1], 1, *size, dtype=x.dtype, requires_grad=True)
+    padded = F.pad(x, (origin[1], size[1] - 1 - origin[1], origin[0], size[0] - 1 - origin[0]))
+    return torch.autograd.grad(F.conv2d(padded, weight, groups=x.shape[1]), weight, grad)[0]
+
+
+@pytest.mark.parametrize("function", [depthwise_weight_grad, lines_weight_grad])
+@pytest.mark.parametrize("name", CASES)
+def test_weight_gradient(name, function):
+    batch, size, kernel, origin = CASES[name]
+    torch.manual_seed(len(name))
+    x, grad = (torch.randn(batch, 5, *size, dtype=torch.float64) for _ in range(2))
+    got = function(x, grad, kernel, origin)
+    assert got.is_contiguous()
+    assert got.shape == (5, 1, *kernel)
+    torch.testing.assert_close(got, reference(x, grad, kernel, origin), rtol=1e-12, atol=1e-11)
+    single = function(x.float(), grad.float(), kernel, origin)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single, got.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("lines", "native"))])
+def test_lines_are_taken_where_the_case_says_so(name, monkeypatch):
+    batch, size, kernel, origin = CASES[name]
+    taken = []
+    monkeypatch.setattr(depthwise, "lines_weight_grad", lambda *a: taken.append(a) or lines_weight_grad(*a))
+    x = torch.randn(batch, 5, *size)
+    depthwise_weight_grad(x, x, kernel, origin)
+    assert bool(taken) == name.startswith("lines")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [(5, 21), (21, 5), (15, 15)])
+def test_convolution(kernel, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 12, 14).to(dtype)
+    weight, bias = torch.randn(12, 1, *kernel).to(dtype), torch.randn(12).to(dtype)
+    arguments = ((2, 1), (kernel[0] // 2, kernel[1] // 2), (1, 1))
+    y = depthwise_conv2d(x, weight, bias, *arguments)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), *arguments, 6)
+    assert (y.double() - expected).norm() <= {torch.float64: 1e-14, torch.float32: 1e-6}.get(
+        dtype, 5e-3
+    ) * expected.norm()
