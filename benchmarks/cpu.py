@@ -4,7 +4,8 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu.py --models SLaK fastvit --seconds 4 --check
 
 The models are those of tests/acceptance.py, in float32, eval mode and torch.inference_mode(), at the first size of
-their case; and SLaK-T at 224 x 224 with one image and with eight. Converted with the default settings. Native and
+their case; and SLaK-T at 224 x 224 with one image and with eight: once as in sw_transplant.models, and once with the
+norms of its authors' code, which keep maps contiguous. Converted with the default settings. Native and
 converted run in turns, A B B A; the ratio is the median over the rounds of native over converted: above 1, the
 converted one is faster. An output that is wrong is not timed.
 """
@@ -22,14 +23,14 @@ from typing import Any, NamedTuple
 
 import torch
 from common import FORMATS, Clock, Peers, median, speedup
-from networks import Judge, build_network
+from networks import Judge, build_network, with_channel_norms
 from report import Report, environment, formats_option, parser, positive
 from torch import Tensor, nn
 
 from sw_transplant import NoLargeKernelError, convert
 
 ACCEPTANCE = Path(__file__).resolve().parents[1] / "tests" / "acceptance.py"
-SLAK = "SLaK-T"
+SLAK, SLAK_HERE = "SLaK-T, its authors' norms", "SLaK-T, sw_transplant.models"
 LEAST_RATIO = 0.97
 LEAST_SLAK_RATIO = 1.5
 
@@ -84,12 +85,17 @@ def subjects(scale: float, batch: int | None) -> list[Subject]:
 
         return Subject(case.name, case.model, images, run, _scaled(case.sizes[0], scale), batch or 1)
 
-    def of_slak(count: int) -> Subject:
+    def of_slak(name: str, count: int) -> Subject:
         size = _scaled(224, scale)
-        build = partial(build_network, "slak_tiny", size, deploy=False)
-        return Subject(SLAK, build, _noise, lambda model, images: [model(images)], size, count)
 
-    return [of_case(case) for case in table.CASES] + [of_slak(count) for count in ([batch] if batch else [1, 8])]
+        def build() -> nn.Module:
+            network = build_network("slak_tiny", size, deploy=False)
+            return with_channel_norms(network) if name == SLAK else network
+
+        return Subject(name, build, _noise, lambda model, images: [model(images)], size, count)
+
+    counts = [batch] if batch else [1, 8]
+    return [of_case(case) for case in table.CASES] + [of_slak(name, n) for name in (SLAK, SLAK_HERE) for n in counts]
 
 
 def _scaled(size: int, scale: float) -> int:

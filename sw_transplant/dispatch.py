@@ -33,6 +33,7 @@ TINY_MAP = 7 * 7
 FEW_IMAGES = 16
 WORTH_PRODUCTS = 2e6
 """Multiplications of one image's forward pass from which on a CPU gains by Toeplitz products in training."""
+AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -50,12 +51,14 @@ class Conditions(NamedTuple):
         device: of the map.
         many: more than ``FEW_IMAGES`` images; not known, and then False, while a compiler traces.
         channels_last: whether the map is laid out so.
+        autocast: what autocast computes in here; None while it is off.
         coarse_matmul: float32 convolutions are to be exact, while matrix products may use TF32.
     """
 
     device: torch.device
     many: bool
     channels_last: bool
+    autocast: torch.dtype | None
     coarse_matmul: bool
 
 
@@ -85,11 +88,14 @@ def check_form(form: str) -> None:
 
 def conditions(x: Tensor) -> Conditions:
     """The conditions of a call with map ``x``."""
+    device = x.device
+    kind = device.type
     return Conditions(
-        x.device,
+        device,
         not torch.compiler.is_compiling() and x.shape[0] > FEW_IMAGES,
         not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last),
-        x.is_cuda and _matmul_is_coarser(),
+        torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None,
+        kind == "cuda" and _matmul_is_coarser(),
     )
 
 
@@ -167,7 +173,8 @@ def _on_cpu(job: Job, given: Conditions) -> Decision:
     area = max(_positions(job.call.in_size), _positions(job.call.out_size))
     extents = [extent for kernels in job.kernels for extent in kernels]
     if job.call.dtype in (torch.float32, torch.bfloat16):
-        suits_gemm = area <= TINY_MAP and not job.trained and not given.many and len(extents) > 1
+        several = len(extents) > 1 and not given.many
+        suits_gemm = area <= TINY_MAP and several and not job.trained and not given.channels_last
     else:
         suits_gemm = area <= (TINY_MAP if job.trained else SMALL_MAP)
     if suits_gemm and not _obstacle("gemm", job, given):

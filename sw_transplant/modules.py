@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -13,9 +14,10 @@ import torch.fx
 from torch import Tensor, nn
 
 from .branch import Branch, PlacedTiles
-from .dispatch import Decision, Job, check_form, choose_form, conditions
+from .dispatch import Conditions, Decision, Job, check_form, choose_form, conditions
 from .forms import FORMS, Biases, Call, DenseKernel, add_kernels, dense_kernel, join_extents, join_kernels
 from .geometry import BranchGeometry, Extent, Padding, Size, enclose
+from .watch import Watch
 
 
 class ShiftwiseConv2d(nn.Module):
@@ -89,7 +91,7 @@ class ShiftwiseConv2d(nn.Module):
         self.form = form
         self.match = match
         self.decision: Decision | None = None
-        self._cache: tuple[Any, _Ready, Any] | None = None
+        self._cache: _Cache | None = None
 
     def _check_sizes(self) -> None:
         """Refuses branches whose outputs would differ in size: here, not at the first call."""
@@ -194,32 +196,40 @@ class ShiftwiseConv2d(nn.Module):
             raise ValueError(
                 f"ShiftwiseConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) or (C, H, W)"
             )
-        return self._run(x).contiguous(memory_format=_memory_format(x))
+        y = self._run(x)
+        return y if y.is_contiguous() and x.is_contiguous() else y.contiguous(memory_format=_memory_format(x))
 
     def _run(self, x: Tensor) -> Tensor:
         """The branches on a map ``(B, C, H, W)``."""
         ready = self._ready(x)
-        if x.dtype is not ready.call.dtype and _autocast_dtype(x.device.type) is not None:
+        if ready.autocast and x.dtype is not ready.call.dtype:
             x = x.to(ready.call.dtype)
         maps = FORMS[ready.decision.form].execute(x, ready.plan, ready.biases, ready.call)
+        if not ready.norms:
+            return maps[0]
         first = len(maps) - len(ready.norms)
         return reduce(add, maps[:first] + [bn(m) for bn, m in zip(ready.norms, maps[first:], strict=True)])
 
     def _ready(self, x: Tensor) -> _Ready:
         """What runs on this map, from the cache where nothing has changed."""
         if torch.compiler.is_compiling():
-            return self._prepare(x)
-        key = self._cache_key(x)
-        if key is None or self._cache is None or self._cache[0] != key:
-            ready = self._prepare(x)
-            self.decision = ready.decision
-            if key is None or ready.norms:
-                return ready
-            # The aliases keep the storages alive: an address in the key cannot come to mean another tensor.
-            self._cache = (key, ready, [tensor.detach() for tensor in (*self.parameters(), *self.buffers())])
-        return self._cache[1]
+            return self._prepare(x, conditions(x))
+        given = conditions(x)
+        key = (self._form, given, x.shape[1:], torch.is_inference_mode_enabled())
+        cached = self._cache
+        if cached is not None and cached.key == key and cached.watch.unchanged():
+            return cached.ready
+        self._cache = None
+        ready = self._prepare(x, given)
+        self.decision = ready.decision
+        if not ready.norms:
+            with suppress(RuntimeError):  # tensors whose changes nobody counts are not cached
+                watch = Watch(self)
+                if not (torch.is_grad_enabled() and watch.wants_gradients()):
+                    self._cache = _Cache(key, ready, watch)
+        return ready
 
-    def _prepare(self, x: Tensor) -> _Ready:
+    def _prepare(self, x: Tensor, given: Conditions) -> _Ready:
         """The sum of all linear branches, then each branch that batch statistics normalise, in the form that is best.
 
         Raises:
@@ -232,11 +242,9 @@ class ShiftwiseConv2d(nn.Module):
                 f"ShiftwiseConv2d: map {x.shape[2]}x{x.shape[3]} with padding {self.padding} is smaller than the "
                 f"kernel {self.kernel_size}; expected a map that gives at least one output"
             )
-        given = conditions(x)
         dtype = self._like.dtype
-        if dtype is not torch.float64:  # which autocast leaves alone
-            dtype = _autocast_dtype(x.device.type) or dtype
-        call = Call(size, out_size, self.stride, dtype)
+        autocast = given.autocast is not None and dtype is not torch.float64  # which autocast leaves alone
+        call = Call(size, out_size, self.stride, given.autocast if autocast else dtype)  # type: ignore[arg-type]
         branches = sorted(self._branches(), key=lambda branch: not branch.folds)
         extents = [self._extent(branch, size) for branch in branches]
         linear = [branch for branch in branches if branch.folds]  # these come first
@@ -262,31 +270,8 @@ class ShiftwiseConv2d(nn.Module):
             [None if bias is None else bias.to(call.dtype) for bias in biases],
             [branch.bn for branch in normalised],  # type: ignore[misc]
             call,
+            autocast,
         )
-
-    def _cache_key(self, x: Tensor) -> Any:
-        """What a cached plan depends on; None where it must not be cached: gradients flow, changes go uncounted.
-
-        Built on every call, hence without nn.Module's own iterators, which take longer than a small convolution.
-        """
-        autocast = _autocast_dtype(x.device.type)
-        key = [self._form, conditions(x), x.shape[1:], x.dtype, autocast, torch.is_inference_mode_enabled()]
-        graded = torch.is_grad_enabled()
-        modules: list[nn.Module] = [self]
-        try:
-            for module in modules:  # grows on the way
-                key.append(module.training)
-                for tensors in (module._parameters, module._buffers):
-                    for tensor in tensors.values():
-                        if tensor is not None:
-                            if graded and tensor.requires_grad:
-                                return None
-                            key.append(tensor.data_ptr())
-                            key.append(tensor._version)
-                modules.extend(module._modules.values())  # type: ignore[arg-type]
-        except RuntimeError:  # fake, batched and inference tensors have no address or no version
-            return None
-        return key
 
     def clear_cache(self) -> None:
         """Forgets the cached plan. Needed only after a write that PyTorch does not count (through ``tensor.data``)."""
@@ -353,25 +338,31 @@ class ShiftwiseConv2d(nn.Module):
 
 
 class _Ready(NamedTuple):
-    """What runs: the form, its plan, what is added to each output, and the BatchNorms of the last outputs."""
+    """What runs: the form, its plan, what is added to each output, and the BatchNorms of the last outputs.
+
+    ``autocast``: maps of another dtype are cast.
+    """
 
     decision: Decision
     plan: Any
     biases: Biases
     norms: list[nn.Module]
     call: Call
+    autocast: bool
+
+
+class _Cache(NamedTuple):
+    """What ran on maps and under conditions of this key, while the module stays as it is."""
+
+    key: tuple[Any, ...]
+    ready: _Ready
+    watch: Watch
 
 
 def _total(biases: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
     """Sum of the biases that exist, rounded once to the dtype of the bank."""
     given = [bias for bias in biases if bias is not None]
     return reduce(add, given).to(dtype) if given else None
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast computes in on this type of device; None while it is off."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

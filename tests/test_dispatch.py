@@ -21,8 +21,8 @@ def job(kernels=STRIPS, size=(28, 28), *, dtype=torch.float32, channels=(64, 64)
     return Job(channels, Call(size, out_size, stride, dtype), [kernels], trained)
 
 
-def given(device="cpu", *, many=False, channels_last=False, coarse_matmul=False):
-    return Conditions(torch.device(device), many, channels_last, coarse_matmul)
+def given(device="cpu", *, many=False, channels_last=False, autocast=None, coarse_matmul=False):
+    return Conditions(torch.device(device), many, channels_last, autocast, coarse_matmul)
 
 
 @pytest.fixture
@@ -109,6 +109,8 @@ def test_conditions_of_a_map():
     assert conditions(x) == given()
     assert conditions(torch.zeros(FEW_IMAGES + 1, 3, 4, 5)) == given(many=True)
     assert conditions(x.contiguous(memory_format=torch.channels_last)) == given(channels_last=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conditions(x) == given(autocast=torch.bfloat16)
 
 
 def depthwise(channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:

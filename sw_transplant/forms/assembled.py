@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from operator import add
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Tensor
 from sw_transplant.equivalence import gather_kernel
 from sw_transplant.forms.placed import Biases, Call, DenseKernel, Outputs, Placed
 from sw_transplant.geometry import Extent, enclose
-from sw_transplant.ops.depthwise import depthwise_conv2d
+from sw_transplant.ops.depthwise import DepthwiseConv2d
 
 
 class Sum(NamedTuple):
@@ -23,12 +22,22 @@ class Sum(NamedTuple):
     residual: bool
 
 
-def prepare_assembled(outputs: Outputs, call: Call) -> list[Sum]:
+class Convolutions(NamedTuple):
+    """One output: the sum of depthwise convolutions, and of the map itself where ``residual``."""
+
+    layers: list[DepthwiseConv2d]
+    residual: bool
+
+
+def prepare_assembled(outputs: Outputs, call: Call) -> list[Convolutions]:
     """Per output the large kernels, as few as possible without adding work (see :func:`join_kernels`).
 
     An identity is one more tap of a kernel; where it is all there is, the map stays as it is.
     """
-    return [add_up(branches, call, residual=all(branch.identity for branch in branches)) for branches in outputs]
+    return [
+        convolutions(add_up(branches, call, residual=all(branch.identity for branch in branches)), call)
+        for branches in outputs
+    ]
 
 
 def add_up(branches: Sequence[Placed], call: Call, *, residual: bool) -> Sum:
@@ -108,30 +117,38 @@ def embed(kernel: DenseKernel, outer: Extent) -> Tensor:
     return weight
 
 
-def execute_assembled(x: Tensor, plan: list[Sum], biases: Biases, call: Call) -> list[Tensor]:
-    """One depthwise convolution per large kernel. Memory: that of the original convolutions."""
-    return [run_sum(x, entry, bias, call) for entry, bias in zip(plan, biases, strict=True)]
+def convolutions(entry: Sum, call: Call) -> Convolutions:
+    """A sum of dense kernels, ready to run."""
+    return Convolutions([_convolution(kernel, call) for kernel in entry.kernels], entry.residual)
 
 
-def run_sum(x: Tensor, entry: Sum, bias: Tensor | None, call: Call) -> Tensor:
-    """The responses of all kernels of an output, added up."""
-    if not entry.kernels:
-        y = x[:, :, :: call.stride[0], :: call.stride[1]]
-        return y if bias is None else y + bias[:, None, None]
-    maps = [_convolve(x, kernel, bias if i == 0 else None, call) for i, kernel in enumerate(entry.kernels)]
-    return reduce(add, maps + [x] * entry.residual)
-
-
-def _convolve(x: Tensor, kernel: DenseKernel, bias: Tensor | None, call: Call) -> Tensor:
+def _convolution(kernel: DenseKernel, call: Call) -> DepthwiseConv2d:
     """A convolution pads both sides alike; where that does not give the wanted output, the map is padded or cut."""
-    padding, after, symmetric = list(kernel.extent.origin), [], True
+    padding, after, symmetric = kernel.extent.origin, [], True
     for axis in range(2):
         out, stride = call.out_size[axis], call.stride[axis]
         reach = kernel.extent.dilation[axis] * (kernel.extent.kernel_size[axis] - 1)
         after.append((out - 1) * stride + reach + 1 - call.in_size[axis] - padding[axis])
         # Up to stride - 1 rows at the end may go unread: a convolution that pads that much more gives the same output.
         symmetric = symmetric and padding[axis] >= 0 and 0 <= padding[axis] - after[axis] < stride
-    if not symmetric:
-        x = F.pad(x, (padding[1], after[1], padding[0], after[0]))
-        padding = [0, 0]
-    return depthwise_conv2d(x, kernel.weight, bias, call.stride, (padding[0], padding[1]), kernel.extent.dilation)
+    if symmetric:
+        return DepthwiseConv2d(kernel.weight, call.stride, padding, kernel.extent.dilation)
+    margins = (padding[1], after[1], padding[0], after[0])
+    return DepthwiseConv2d(kernel.weight, call.stride, (0, 0), kernel.extent.dilation, margins)
+
+
+def execute_assembled(x: Tensor, plan: list[Convolutions], biases: Biases, call: Call) -> list[Tensor]:
+    """One depthwise convolution per large kernel. Memory: that of the original convolutions."""
+    return [run(x, entry, bias, call) for entry, bias in zip(plan, biases, strict=True)]
+
+
+def run(x: Tensor, entry: Convolutions, bias: Tensor | None, call: Call) -> Tensor:
+    """The responses of all kernels of an output, added up."""
+    if not entry.layers:
+        y = x[:, :, :: call.stride[0], :: call.stride[1]]
+        return y if bias is None else y + bias[:, None, None]
+    first, *others = entry.layers
+    y = first(x, bias)
+    for layer in others:
+        y += layer(x, None)
+    return y.add_(x) if entry.residual else y

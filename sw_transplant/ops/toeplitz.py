@@ -7,6 +7,8 @@ kernels for tensor cores, and PyTorch's own convolutions elsewhere and where tho
 toeplitz_conv with flipped kernels.
 """
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from sw_transplant.cuda import launch
 from sw_transplant.ops.toeplitz_reference import pairs, toeplitz_conv_reference, toeplitz_weight_grad_reference
 from sw_transplant.ops.tracing import constant_when_traced
 
+TF32_ERROR = 2e-3  # relative, of a right result, at most
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -234,8 +237,49 @@ _toeplitz_weight_grad.register_autograd(_grad_of_weight_grad, setup_context=_sav
 
 @constant_when_traced
 def why_no_kernel(device: int) -> str:
-    """Why `toeplitz_conv` has no kernel on CUDA device number `device`; empty where it has one."""
+    """Why `toeplitz_conv` has no kernel on CUDA device number `device`; empty where it has one.
+
+    The first call for a device compiles a kernel and compares its result with PyTorch's. It warns if there is none.
+    """
+    return _why_no_kernel(device)
+
+
+@functools.cache
+def _why_no_kernel(device: int) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        return f"needs tensor cores for TF32: compute capability 8.0, not {capability[0]}.{capability[1]}"
-    return "" if launch.is_available(device) else "needs Numba's CUDA kernels, which do not run here"
+        missing = f"needs tensor cores for TF32: compute capability 8.0, not {capability[0]}.{capability[1]}"
+        warnings.warn(
+            f"sw_transplant: toeplitz {missing}; plain PyTorch is used on cuda:{device} instead: same results, more "
+            "slowly.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return missing
+    if not launch.is_available(device):  # which warns
+        return "needs Numba's CUDA kernels, which do not run here"
+    return self_test(torch.device("cuda", device))
+
+
+@functools.cache
+def self_test(device: torch.device) -> str:
+    """What is wrong with the results of `toeplitz_conv` on a device, also as a warning; empty if nothing is."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 20, 23, generator=generator, device="cpu")
+    weights = [torch.randn(3, 1, *size, generator=generator, device="cpu") for size in ((11, 3), (3, 11))]
+    origins = [5, 1, 1, 5]
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            got = toeplitz_conv(x.to(device), [weight.to(device) for weight in weights], origins).cpu()
+        expected = toeplitz_conv_reference(x, weights, origins)
+        error = ((got - expected).norm() / expected.norm()).item()
+        problem = "" if error <= TF32_ERROR else f"is wrong on {device}: relative error {error:.2g}"
+    except Exception as reason:
+        problem = f"fails on {device}: {type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+    if problem:
+        warnings.warn(
+            f"sw_transplant: toeplitz {problem}; plain PyTorch is used instead. Please report this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return problem

@@ -5,10 +5,9 @@ from functools import reduce
 from operator import add
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sw_transplant.ops.depthwise import depthwise_conv2d, depthwise_weight_grad
+from sw_transplant.ops.depthwise import DepthwiseConv2d, depthwise_weight_grad
 from sw_transplant.ops.whole_map import Size
 
 
@@ -32,9 +31,8 @@ def toeplitz_conv_reference(
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, origin: Size) -> Tensor:
     (kh, kw), (top, left) = weight.shape[2:], origin
     if (kh, kw) == (2 * top + 1, 2 * left + 1):
-        return depthwise_conv2d(x, weight, bias, (1, 1), origin, (1, 1))
-    padded = F.pad(x, (left, kw - 1 - left, top, kh - 1 - top))
-    return depthwise_conv2d(padded, weight, bias, (1, 1), (0, 0), (1, 1))
+        return DepthwiseConv2d(weight, (1, 1), origin, (1, 1))(x, bias)
+    return DepthwiseConv2d(weight, (1, 1), (0, 0), (1, 1), (left, kw - 1 - left, top, kh - 1 - top))(x, bias)
 
 
 def toeplitz_weight_grad_reference(

@@ -28,11 +28,15 @@ class Lockstep:
         assert index.max() < len(self.memory), (index.max(), len(self.memory))
         return self.memory[index]
 
-    def load_matrix(self, at, offset):
-        """ldmatrix .x4: lane 8 i + r gives the address of row r of matrix i; lane l gets word l & 3 of row l >> 2."""
-        address = np.broadcast_to(at + offset, 32)
+    def load_matrix(self, at, offset, count=4, transposed=False):
+        """ldmatrix: lane 8 i + r gives the address of row r of matrix i; lane l gets word l & 3 of row l >> 2."""
+        address = np.broadcast_to(at + offset, 32)[: 8 * count]
         assert (address % 4 == 0).all(), "rows of a matrix begin at multiples of 16 bytes"
-        return [self.load(address[8 * i + ROW] + WORD, 0) for i in range(4)]
+        matrices = [self.load(address[8 * i + ROW] + WORD, 0) for i in range(count)]
+        return [transpose(words) for words in matrices] if transposed else matrices
+
+    def splice(self, first, second):
+        return (first >> 16) | (second << 16)
 
     def mma(self, a, b, c):
         values = 2 if self.math in ("float16", "bfloat16") else 1
@@ -47,14 +51,18 @@ class Lockstep:
             for i in range(4)
         ]
 
-    def repeat(self, times, body, state):
-        for number in range(times):
+    def add(self, first, second):
+        return [a + b for a, b in zip(first, second, strict=True)]
+
+    def repeat(self, times, body, state, first=0, by=1):
+        numbers = range(of_warp(first), times, by)
+        assert numbers, "the loop tests for its end after the first turn"
+        for number in numbers:
             state = body(number, state)
         return state
 
-    def choose(self, which, variants):
-        (only,) = set(np.broadcast_to(which, 32).tolist())  # all lanes of a warp go the same way
-        return variants[only]()
+    def choose(self, which, variants, table=None):
+        return variants[of_warp(which) if table is None else table[of_warp(which)]]()
 
     def store_pair(self, at, offset, first, second):
         assert ((at + offset) % 2 == 0).all()
@@ -71,3 +79,15 @@ class Lockstep:
         if self.math == "float16":
             return halves.view(np.float16).astype(np.float64)
         return (halves.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def of_warp(value):
+    """The number that all lanes of a warp have."""
+    (only,) = set(np.broadcast_to(value, 32).tolist())
+    return only
+
+
+def transpose(words):
+    """8 x 8 values of 16 bits, as words of all lanes."""
+    values = np.ascontiguousarray(words.astype(np.uint32)).view(np.uint16).reshape(8, 8)
+    return np.ascontiguousarray(values.T).view(np.uint32).reshape(32)

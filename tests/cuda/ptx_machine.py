@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
-from tests.cuda.lockstep import ROW, WORD, Lockstep
+from tests.cuda.lockstep import ROW, WORD, Lockstep, transpose
 
 SHARED_BASE = 1024  # not zero: an address of another space would be noticed
 LANES = 32
@@ -26,6 +27,12 @@ COMPARE = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operat
 ARITHMETIC: dict[str, Callable] = {"add": operator.add, "sub": operator.sub, "and": operator.and_, "or": operator.or_,
               "xor": operator.xor, "min": np.minimum, "max": np.maximum, "div": operator.floordiv,
               "rem": operator.mod}  # fmt: skip
+
+
+def bits_of(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a tensor: float32, or both 16-bit types as uint16."""
+    flat = tensor.flatten()
+    return flat.numpy() if tensor.dtype == torch.float32 else flat.view(torch.int16).numpy().view(np.uint16)
 
 
 class Program:
@@ -136,12 +143,15 @@ class Warp:
                 self.write(register, value, active)
         elif operation == "ldmatrix":
             assert active.all(), "a matrix load for part of a warp"
-            addresses = self._address(operands[1])
+            results = self._group(operands[0])
+            assert f"x{len(results)}" in modifiers
+            addresses = self._address(operands[1])[: 8 * len(results)]  # of the other lanes no address is read
             assert (addresses % np.uint64(16) == 0).all(), "rows of a matrix begin at multiples of 16 bytes"
-            for i, register in enumerate(self._group(operands[0])):
+            for i, register in enumerate(results):
                 word = (addresses[8 * i + ROW].astype(np.int64) - SHARED_BASE) // 4 + WORD
                 assert 0 <= word.min()
-                self.write(register, self.shared[word], active)
+                words = self.shared[word]
+                self.write(register, transpose(words) if "trans" in modifiers else words, active)
         elif operation in ("ld", "st"):
             self._memory(operation, modifiers, operands, active)
         else:
@@ -175,6 +185,16 @@ class Warp:
             second = second >> np.uint32(16 if modifiers[0] == "hi" else 0)
             low = (first & np.uint32(0xFFFF)) * (second & np.uint32(0xFF))
             return total + low + (first >> np.uint32(16)) * (second >> np.uint32(8) & np.uint32(0xFF))
+        if operation == "bfi":  # so many bits of one word at this place of another
+            field, word, place, length = values
+            mask = (np.uint32(1) << length) - np.uint32(1) << place
+            return word & ~mask | field << place & mask
+        if operation == "prmt":  # four bytes, each chosen of eight by a digit
+            both = values[0].astype(np.uint64) | values[1].astype(np.uint64) << np.uint64(32)
+            digits = [values[2] >> np.uint32(4 * i) & np.uint32(0xF) for i in range(4)]
+            assert all((digit < 8).all() for digit in digits), "the copying of a sign"
+            chosen = [both >> digit.astype(np.uint64) * np.uint64(8) & np.uint64(0xFF) for digit in digits]
+            return sum(byte << np.uint64(8 * i) for i, byte in enumerate(chosen)).astype(np.uint32)
         if operation == "not":
             return ~values[0]
         if operation == "neg":

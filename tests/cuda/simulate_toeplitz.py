@@ -6,59 +6,30 @@ again. Prints one line for each run and exits with an error at the first differe
 """
 
 import sys
-import threading
 import time
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from numba import cuda
-from numba.cuda.simulator import kernelapi
 
 from sw_transplant.cuda import intrinsics
-from sw_transplant.cuda.toeplitz.kernel import DTYPES, toeplitz_source
+from sw_transplant.cuda.toeplitz.kernel import toeplitz_source
 from sw_transplant.cuda.toeplitz.launcher import divide
 from sw_transplant.cuda.toeplitz.plan import Plan
 from sw_transplant.cuda.toeplitz.product import multiply, spread
 from sw_transplant.cuda.toeplitz.settings import choose_plan
+from sw_transplant.cuda.toeplitz.staging import DTYPES
 from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference
 from tests.cuda.lockstep import Lockstep
+from tests.cuda.simulation import Warps, bits, memory, poison_shared_memory, stored, vector
 from tests.cuda.toeplitz_cases import Tiles
 
 BOUNDS = {"tf32": 1e-3, "tf32x3": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
 
 
-class Warps:
-    """Where the threads of a warp hand their arguments to one of them: by block and warp."""
-
-    def __init__(self):
-        self.lock, self.meetings = threading.Lock(), {}
-
-    def run(self, function, lane, arguments):
-        """function(list of all lanes' arguments), once for the warp; every lane gets its result."""
-        thread = threading.current_thread()  # the simulator's, which knows its place
-        place = (thread.blockIdx.x, thread.threadIdx.x // 32)
-        with self.lock:
-            meeting = self.meetings.setdefault(place, [threading.Barrier(32), [None] * 32, None])
-        barrier, slots, _ = meeting
-        slots[lane] = arguments
-        if barrier.wait(60) == 0:
-            meeting[2] = function(slots)
-        barrier.wait(60)
-        result = meeting[2]
-        barrier.wait(60)
-        return result
-
-
 def simulated_products(plan: Plan):
     """In place of `emit.device_products`."""
     warps = Warps()
-
-    def memory(shared):
-        return np.asarray(getattr(shared, "_ary", shared)).view(np.uint32)
-
-    def vector(slots, i):
-        return np.array([slot[i] for slot in slots], np.int64)
 
     def products(shared, plane, taps, lane, part):
         def run(slots):
@@ -74,17 +45,6 @@ def simulated_products(plan: Plan):
         warps.run(run, int(lane), (plane, lane, part))
 
     return products, spread_sums
-
-
-def bits(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's memory as `raw` values: float32, or uint16 for both 16-bit types."""
-    flat = tensor.contiguous().flatten()
-    return flat.numpy() if tensor.dtype == torch.float32 else flat.view(torch.int16).numpy().view(np.uint16)
-
-
-def stored(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's memory as `Scalar.stored`: bfloat16 as uint16."""
-    return bits(tensor) if tensor.dtype == torch.bfloat16 else tensor.contiguous().flatten().numpy()
 
 
 def run(plan, x, weights, bias, residual) -> torch.Tensor:
@@ -177,17 +137,9 @@ def check(case: Case, math: str) -> float:
     return error
 
 
-class Poisoned(kernelapi.FakeCUDAShared):
-    """Shared memory that is full of NaN, as it may be on a GPU."""
-
-    def __init__(self, size):
-        super().__init__(size)
-        self._dynshared.fill(-1)
-
-
 if __name__ == "__main__":
     assert intrinsics.SIMULATOR
-    kernelapi.FakeCUDAShared = Poisoned
+    poison_shared_memory()
     chosen = sys.argv[1:]
     for case in CASES:
         for math in case.maths:

@@ -1,18 +1,17 @@
 """The Toeplitz kernels as they are compiled, in an interpreter of PTX, against convolutions in float64."""
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
 
-from numba import cuda
-
 from sw_transplant.cuda.intrinsics import SIMULATOR
-from sw_transplant.cuda.toeplitz.kernel import DTYPES, toeplitz_source
+from sw_transplant.cuda.toeplitz.kernel import toeplitz_source
 from sw_transplant.cuda.toeplitz.launcher import divide
+from sw_transplant.cuda.toeplitz.staging import DTYPES
 from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference
-from tests.cuda.ptx_machine import Machine, Program
+from tests.cuda.assembler import compile_to_ptx
+from tests.cuda.ptx_machine import Machine, Program, bits_of
 from tests.cuda.toeplitz_cases import Layer, Tiles, strips
 
 pytestmark = pytest.mark.skipif(SIMULATOR, reason="the simulator compiles nothing")
@@ -33,11 +32,6 @@ SLOW = [
 CASES = QUICK + [pytest.param(*case, marks=pytest.mark.exhaustive) for case in SLOW]
 
 
-def memory(tensor: torch.Tensor) -> np.ndarray:
-    flat = tensor.flatten()
-    return flat.numpy() if tensor.dtype == torch.float32 else flat.view(torch.int16).numpy().view(np.uint16)
-
-
 @pytest.mark.parametrize("math", list(BOUNDS))
 @pytest.mark.parametrize(("layer", "batch", "tiles"), CASES, ids=str)
 def test_compiled_kernel(layer: Layer, batch: int, tiles, math: str) -> None:
@@ -52,11 +46,10 @@ def test_compiled_kernel(layer: Layer, batch: int, tiles, math: str) -> None:
     out = torch.full_like(x, float("nan"))
 
     source = toeplitz_source(plan, True, True)
-    ptx, _ = cuda.compile_ptx(source.function, source.signature.args, cc=(9, 0), launch_bounds=source.launch_bounds)
-    machine = Machine(Program(ptx), 4 * plan.shared_words)
-    pointers = [machine.address(memory(t)) for t in (x, x, *weights)]
+    machine = Machine(Program(compile_to_ptx(source)), 4 * plan.shared_words)
+    pointers = [machine.address(bits_of(t)) for t in (x, x, *weights)]
     pointers += [pointers[-1]] * (6 - len(pointers))
-    pointers += [machine.address(memory(t)) for t in (bias, out)]
+    pointers += [machine.address(bits_of(t)) for t in (bias, out)]
     grid = divide(plan, batch, channels, layer.size)
     machine.launch(grid.blocks, plan.threads, [*pointers, batch, channels, *layer.size, *grid.tiles, grid.turns])
 

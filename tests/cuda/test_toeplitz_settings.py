@@ -7,11 +7,12 @@ import pytest
 
 pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
 
-from sw_transplant.cuda.toeplitz.kernel import arrange
 from sw_transplant.cuda.toeplitz.launcher import MOST_TURNS, divide
 from sw_transplant.cuda.toeplitz.plan import Plan
-from sw_transplant.cuda.toeplitz.product import Count, multiply, spread
+from sw_transplant.cuda.toeplitz.product import count, multiply, spread
 from sw_transplant.cuda.toeplitz.settings import choose_plan
+from sw_transplant.cuda.toeplitz.staging import arrange
+from sw_transplant.cuda.toeplitz.tally import Tally
 from tests.cuda.toeplitz_cases import LAYERS, MATHS, SHARED_LIMITS, strips
 
 SIZES = [(1, 1), (7, 7), (13, 29), (28, 28), (56, 56), (33, 72), (65, 73), (130, 40), (40, 130), (512, 2048)]
@@ -31,13 +32,12 @@ def plan_of(math, size, sizes, capability) -> Plan:
     return plan
 
 
-class Trace(Count):
+class Trace(Tally):
     """Notes the words of shared memory that the lanes of a warp touch."""
 
     def __init__(self, plan: Plan, plane: int, part: int) -> None:
+        super().__init__()
         self.touched: list[np.ndarray] = []
-        self._times, self._parts = 1, 1
-        self.products = self.loads = 0
         lane = np.arange(32)
         taps = plan.planes * plan.plane_words
         sums = multiply(self, plan, plane, taps, lane, part)
@@ -46,22 +46,23 @@ class Trace(Count):
     def load(self, at, offset):
         self.touched.append(np.broadcast_to(at + offset, 32))
 
-    def load_matrix(self, at, offset):
+    def load_matrix(self, at, offset, count=4, transposed=False):
         address = np.broadcast_to(at + offset, 32)
         assert (address % 4 == 0).all()
         self.touched += [address, address + 3]
+        return [None] * count
 
     def store_pair(self, at, offset, first, second):
         assert ((at + offset) % 2 == 0).all()
         self.touched += [at + offset, at + offset + 1]
 
-    def repeat(self, times, body, state):
+    def repeat(self, times, body, state, first=0, by=1):
         for number in {0, times - 1}:
             body(number, state)
         return state
 
-    def choose(self, which, variants):
-        return variants[which]()
+    def choose(self, which, variants, table=None):
+        return variants[which if table is None else table[which]]()
 
 
 @pytest.mark.parametrize("case", PLANS, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}-{c[3]}")
@@ -120,7 +121,7 @@ def test_products_outside_the_band_are_left_out(layer, math: str) -> None:
     all_of_them = 0
     for kernel in plan.kernels:
         all_of_them += kernel.lines * plan.steps(kernel.axis) * plan.parts * plan.blocks * plan.columns
-    count = Count(plan)
+    tally = count(plan)
     # What is needed at least: a product has 16 x 8 x depth terms, and the taps of a line see that much of the map.
     needed = 0.0
     for kernel in plan.kernels:
@@ -132,8 +133,8 @@ def test_products_outside_the_band_are_left_out(layer, math: str) -> None:
             last = np.minimum(last, rows)
         needed += kernel.lines * columns * (last - first).sum()
     tiles = np.prod([-(-s // t) for s, t in zip(layer.size, plan.step_out, strict=True)])
-    assert needed <= tiles * count.products * 16 * 8 * plan.depth
-    assert count.products <= all_of_them
+    assert needed <= tiles * tally.products * 16 * 8 * plan.depth
+    assert tally.products <= all_of_them
 
 
 def test_no_plan_for_taps_that_do_not_fit() -> None:

@@ -1,7 +1,10 @@
 """The layers that the Toeplitz kernels are for: SLaK, SW, RepLKNet, UniRepLKNet, ConvNeXt; and detection's sizes."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
+from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
 from sw_transplant.cuda.toeplitz.plan import Plan
 from sw_transplant.cuda.toeplitz.settings import choose_plan
 
@@ -26,6 +29,11 @@ class Layer:
 
     def plan(self, math: str, capability: tuple[int, int] = (9, 0)) -> Plan | None:
         return choose_plan(math, self.size, self.sizes, self.origins, *SHARED_LIMITS[capability])
+
+    def gradient_plan(self, math: str, capability: tuple[int, int] = (9, 0), **division: Any) -> GradientPlan | None:
+        """The plan for the gradients of the kernels, with another division of the work where one is given."""
+        plan = choose_gradient_plan(math, self.size, self.sizes, self.origins, *SHARED_LIMITS[capability])
+        return replace(plan, **division) if plan is not None else None
 
 
 @dataclass(frozen=True)

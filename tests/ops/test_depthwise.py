@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from sw_transplant.ops import depthwise
-from sw_transplant.ops.depthwise import depthwise_conv2d, depthwise_weight_grad, lines_weight_grad
+from sw_transplant.ops.depthwise import DepthwiseConv2d, depthwise_weight_grad, lines_weight_grad
 
 # batch, map, kernel, origin: one case for each way that depthwise_weight_grad has on a CPU, and odd ones
 CASES = {
@@ -50,15 +51,61 @@ def test_lines_are_taken_where_the_case_says_so(name, monkeypatch):
     assert bool(taken) == name.startswith("lines")
 
 
+def relative_error(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("kernel", [(5, 21), (21, 5), (15, 15)])
-def test_convolution(kernel, dtype):
+@pytest.mark.parametrize("kernel", [(5, 21), (21, 5), (15, 15), (7, 7)])
+def test_convolution(kernel, dtype, layout):
     torch.manual_seed(0)
-    x = torch.randn(2, 6, 12, 14).to(dtype)
+    x = torch.randn(2, 6, 12, 14).to(dtype).contiguous(memory_format=layout)
     weight, bias = torch.randn(12, 1, *kernel).to(dtype), torch.randn(12).to(dtype)
-    arguments = ((2, 1), (kernel[0] // 2, kernel[1] // 2), (1, 1))
-    y = depthwise_conv2d(x, weight, bias, *arguments)
-    expected = F.conv2d(x.double(), weight.double(), bias.double(), *arguments, 6)
-    assert (y.double() - expected).norm() <= {torch.float64: 1e-14, torch.float32: 1e-6}.get(
-        dtype, 5e-3
-    ) * expected.norm()
+    geometry = ((2, 1), (kernel[0] // 2, kernel[1] // 2), (1, 1))
+    layer = DepthwiseConv2d(weight, *geometry)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), *geometry, 6)
+    first = layer(x, bias)
+    assert relative_error(first, expected) <= {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 5e-3)
+    for _ in range(2):  # with packed weights, where it packs
+        assert torch.equal(layer(x, bias), first)
+    assert relative_error(layer(x[:1], None), F.conv2d(x[:1].double(), weight.double(), None, *geometry, 6)) <= 5e-3
+
+
+def test_margins():
+    x, weight = torch.randn(1, 2, 6, 7, dtype=torch.float64), torch.randn(2, 1, 3, 3, dtype=torch.float64)
+    y = DepthwiseConv2d(weight, (1, 1), (0, 0), (1, 1), (3, -1, 0, 2))(x, None)
+    assert torch.equal(y, F.conv2d(F.pad(x, (3, -1, 0, 2)), weight, groups=2))
+
+
+def packed(layer, x, times=3):
+    for _ in range(times):
+        layer(x, None)
+    return layer._packed is not None
+
+
+def test_weights_are_packed_where_that_helps_and_nobody_looks():
+    x = torch.randn(2, 4, 9, 9).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(4, 1, 7, 7)
+
+    def layer(weight=weight):
+        return DepthwiseConv2d(weight, (1, 1), (3, 3), (1, 1))
+
+    assert packed(layer(), x)
+    assert not packed(layer(), x, times=1)
+    assert not packed(layer(), x.contiguous())
+    assert not packed(layer(weight.double()), x.double())
+    assert not packed(layer(weight.requires_grad_()), x)
+    weight.requires_grad_(False)
+    differentiated = layer()
+    y = [differentiated(x.clone().requires_grad_(), None) for _ in range(3)]
+    assert differentiated._packed is None
+    assert all(one.requires_grad for one in y)
+    counted = layer()
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(3):
+            counted(x, None)
+    assert counter.get_total_flops() == 3 * 2 * x.numel() * 49
+    traced = layer()
+    torch.jit.trace(lambda x: traced(x, None), x)
+    assert traced._packed is None

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sw_transplant.ops import toeplitz
 from sw_transplant.ops.toeplitz import toeplitz_conv, toeplitz_weight_grad
 from sw_transplant.ops.toeplitz_reference import pairs, toeplitz_conv_reference, toeplitz_weight_grad_reference
 
@@ -207,3 +208,28 @@ def test_errors_say_what_came_and_what_was_expected(change: dict, message: str) 
 def test_importing_the_operator_imports_no_numba() -> None:
     code = "import sys, sw_transplant.ops.toeplitz; assert not {m for m in sys.modules if m.startswith('numba')}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_device_with_wrong_results_is_found_out(monkeypatch):
+    cpu = torch.device("cpu")
+    toeplitz.self_test.cache_clear()
+    assert toeplitz.self_test(cpu) == ""
+    for broken, problem in (
+        (lambda x, *_: 1.01 * toeplitz_conv(x, *_), "is wrong"),
+        (lambda *_: 1 / 0, "ZeroDivision"),
+    ):
+        toeplitz.self_test.cache_clear()
+        monkeypatch.setattr(toeplitz, "toeplitz_conv", broken)
+        with pytest.warns(RuntimeWarning, match=problem):
+            assert problem in toeplitz.self_test(cpu)
+        assert problem in toeplitz.self_test(cpu)  # and no second warning
+    toeplitz.self_test.cache_clear()
+
+
+def test_an_old_gpu_is_told_so_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    toeplitz._why_no_kernel.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"compute capability 8\.0, not 7\.5") as caught:
+        assert toeplitz.why_no_kernel(0) == toeplitz.why_no_kernel(0) != ""
+    assert len(caught) == 1
+    toeplitz._why_no_kernel.cache_clear()

@@ -4,14 +4,24 @@
 from typing import NamedTuple
 
 import torch
-from numba import cuda
 from numba.cuda import types
 
 from sw_transplant.cuda.intrinsics import SIMULATOR, device_function, float32_bits, quotient
 from sw_transplant.cuda.toeplitz.plan import Copy
 from sw_transplant.cuda.toeplitz.words import round_to_tf32
 
-int32, uint32, uint64 = types.int32, types.uint32, types.uint64
+if SIMULATOR:
+    from numba.cuda.simulator.kernelapi import FakeCUDALocal
+
+    class cuda:
+        """What the simulator puts in place of `numba.cuda`, but only in the module that has the kernel itself."""
+
+        local = FakeCUDALocal()
+
+else:
+    from numba import cuda
+
+int32, uint32, int64, uint64 = types.int32, types.uint32, types.int64, types.uint64
 
 DTYPES = {
     "tf32": torch.float32,
@@ -24,12 +34,15 @@ IN_FLIGHT = 16  # loads of a thread that overlap
 
 
 class Region(NamedTuple):
-    """The part of a copy that is staged: its first row and word, and how many there are."""
+    """The part of a copy that is staged: its first row and word, how many there are, and whether all of the rows, and
+    all values of the words, lie on the map wherever the tile is."""
 
     row: int
     word: int
     rows: int
     words: int
+    rows_inside: bool = False
+    columns_inside: bool = False
 
 
 def is_packed(math: str) -> bool:
@@ -68,6 +81,7 @@ def stage_map_of(copy: Copy, math: str, threads: int, region: Region | None = No
     start = copy.first + region.row * pitch + region.word
     row_step, column_step = copy.step
     row, column = copy.row + region.row * row_step, copy.column + region.word * column_step
+    rows_inside, columns_inside = region.rows_inside, region.columns_inside
     raw, word, packed = raw_type(math), word_of(math), is_packed(math)
     across, down = arrange(threads, words, rows)
     chunks = -(-words // across)
@@ -84,28 +98,31 @@ def stage_map_of(copy: Copy, math: str, threads: int, region: Region | None = No
         for first in range(my_row, int32(rows), int32(down * at_once)):
             for u in range(at_once):  # all loads, then all stores: the loads overlap
                 y = int32(top + row + (first + u * down) * row_step)
+                # Counted in 64 bits, offsets that are known become part of the instruction.
+                at = int64(int32(y * width + first_x))
+                row_read = first < rows - u * down if rows_inside else uint32(y) < uint32(height)
                 for k in range(chunks):
                     x = int32(first_x + k * (across * column_step))
-                    at = int32(y * width + x)
+                    read = my_column < words - k * across if columns_inside else uint32(x) < uint32(width)
                     low[u * chunks + k] = raw(0)
                     high[u * chunks + k] = raw(0)
-                    if uint32(y) < uint32(height) and uint32(x) < uint32(width):
-                        low[u * chunks + k] = source[at]
+                    if row_read and read:
+                        low[u * chunks + k] = source[at + k * (across * column_step)]
                     if packed:
                         if row_step == 2:
-                            if uint32(int32(y + 1)) < uint32(height) and uint32(x) < uint32(width):
-                                high[u * chunks + k] = source[int32(at + width)]
-                        elif uint32(y) < uint32(height) and uint32(int32(x + 1)) < uint32(width):
-                            high[u * chunks + k] = source[int32(at + 1)]
-            # Counted in 64 bits, offsets that are known become part of the instruction.
+                            if uint32(int32(y + 1)) < uint32(height) and read:
+                                high[u * chunks + k] = source[at + width + k * (across * column_step)]
+                        elif row_read and (read if columns_inside else uint32(int32(x + 1)) < uint32(width)):
+                            high[u * chunks + k] = source[at + (k * (across * column_step) + 1)]
             to = uint64(uint32(plane + start + first * pitch + my_column))
             for u in range(at_once):
                 for k in range(chunks):
                     staged = word(low[u * chunks + k], high[u * chunks + k])
                     if first < rows - u * down and my_column < words - k * across:
                         shared[uint64(to + uint64(u * down * pitch + k * across))] = staged
-        for q in range(int32(thread), int32(lead), int32(threads)):
-            shared[uint32(plane + start - lead + q)] = uint32(0)
+        if lead > 0:
+            for q in range(int32(thread), int32(lead), int32(threads)):
+                shared[uint32(plane + start - lead + q)] = uint32(0)
 
     return stage_map
 

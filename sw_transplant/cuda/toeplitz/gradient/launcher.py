@@ -54,7 +54,7 @@ def weight_grad_plan_for(x: Tensor, sizes: Sequence[Size], origins: Sequence[Siz
 
 
 def toeplitz_weight_grad(x: Tensor, grad: Tensor, plan: GradientPlan) -> list[Tensor]:
-    """The gradient (C, 1, kh, kw) of every kernel, from x and grad (B, C, H, W): contiguous, of one dtype, not empty."""
+    """The gradient (C, 1, kh, kw) of every kernel; x and grad (B, C, H, W) are contiguous, of one dtype, not empty."""
     batch, channels, height, width = x.shape
     grid = divide_gradient(plan, batch, channels, (height, width))
     workspace = torch.empty(grid.chunks, channels * plan.taps, dtype=torch.float32, device=x.device)

@@ -2,8 +2,8 @@
 
     dW[i, j] = sum over images, h, w of grad[h, w] * x[h + i - top, w + j - left]
 
-Take one line of a kernel, a column j of a 51 x 5 strip say. With the gradient as a matrix over (h, w) and the map as one
-over (w, h'), shifted by j - left, their product sums over w, and tap i is the sum along a diagonal, h' - h = i - top.
+Take one line of a kernel, a column j of a 51 x 5 strip say. With the gradient as a matrix over (h, w) and the map as
+one over (w, h'), shifted by j - left, their product sums over w, and tap i is the sum of a diagonal, h' - h = i - top.
 A diagonal does not mind where along it a product lies: all products of 16 rows of the gradient with 8 of the map that
 are equally far apart are added to the same 16 x 8 sums, whatever the size of the map, over all of its tiles and all
 images. A line of 51 taps needs 9 such fragments, (51 + 15) / 8. Lines along the rows are the same, mirrored: h is
@@ -29,14 +29,14 @@ class Group(NamedTuple):
 
     kernel: int
     first: int
-    count: int
+    lines: int
 
 
 class Variant(NamedTuple):
     """What the code of a group depends on."""
 
     kernel: int
-    count: int
+    lines: int
     parity: int  # of the column of the copy that the first line begins at, for 16-bit values
 
 
@@ -137,7 +137,7 @@ class GradientPlan:
         kernel, parity = self.kernels[group.kernel], 0
         if self.packed and kernel.axis == 0:
             parity = (group.first - kernel.origin[1] - self.map_copy.column) % 2
-        return Variant(group.kernel, group.count, parity)
+        return Variant(group.kernel, group.lines, parity)
 
     # Products along the lines.
 
@@ -232,20 +232,23 @@ class GradientPlan:
     @property
     def grad_region(self) -> Region:
         """What is staged of the gradient: the rest of its copy stays zero."""
-        return Region(0, 0, self.tile[0], -(-self.tile[1] // self._values))
+        return self._region(self.grad_copy, self.tile)
 
     @property
     def map_region(self) -> Region:
         """What is staged of the map: all of its copy but what lies beyond the edges of a whole map."""
-        copy, values = self.map_copy, self._values
-        begin, end = [0, 0], [copy.rows, copy.pitch * values]
-        for axis, from_edge in enumerate((copy.row, copy.column)):
-            whole = self.whole[axis]
-            if whole is not None:
-                begin[axis] = max(begin[axis], -from_edge)
-                end[axis] = min(end[axis], whole - from_edge)
-        word = begin[1] // values
-        return Region(begin[0], word, end[0] - begin[0], -(-end[1] // values) - word)
+        copy = self.map_copy
+        return self._region(copy, (copy.row + copy.rows, copy.column + copy.pitch * self._values))
+
+    def _region(self, copy: Copy, end: Size) -> Region:
+        """The part of a copy before this row and column, without what is beyond the edges of a whole map."""
+        (rows, columns), values = self.whole, self._values
+        top, bottom = (copy.row, end[0]) if rows is None else (max(copy.row, 0), min(end[0], rows))
+        left, right = (copy.column, end[1]) if columns is None else (max(copy.column, 0), min(end[1], columns))
+        first, last = (left - copy.column) // values, -(-(right - copy.column) // values)
+        full = first * values == left - copy.column and last * values == right - copy.column
+        inside = rows is not None, columns is not None and full
+        return Region(top - copy.row, first, bottom - top, last - first, *inside)
 
     @functools.cached_property
     def plane_words(self) -> int:
@@ -280,5 +283,5 @@ class GradientPlan:
 
     @property
     def applies(self) -> bool:
-        """Whether every kernel has taps on the map: the others' gradients are zeros that need no kernel."""
-        return all(self.bands) and min(self.map_region) >= 0 and min(self.map_region[2:]) > 0
+        """Whether there are products for every kernel: one whose taps are all beside the map has none."""
+        return all(self.bands) and min(self.map_region.rows, self.map_region.words) > 0

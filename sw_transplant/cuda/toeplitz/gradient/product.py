@@ -6,6 +6,8 @@ A fragment of the gradient serves all lines and all distances; one of the map se
 """
 
 import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from sw_transplant.cuda.toeplitz.gradient.plan import COLUMNS, ROWS, GradientPlan, Variant
@@ -27,7 +29,10 @@ def multiply(ops: Any, plan: GradientPlan, sums: list[Any], plane: Any, lane: An
     Returns:
         The new sums.
     """
-    variants = [functools.partial(_add_products, ops, plan, v, sums, plane, lane, group, part) for v in plan.variants]
+    variants: list[Callable[[], list[Any]]] = [
+        functools.partial(_add_products, ops, plan, variant, sums, plane, lane, group, part)
+        for variant in plan.variants
+    ]
     table = list(plan.variant_of_group)
     idle = plan.shares * plan.together - len(table)
     if idle:
@@ -76,13 +81,13 @@ def _add_products(
     operands_of = _AlongColumns if axis == 0 else _PackedAlongRows if plan.packed else _AlongRows
     operands = operands_of(ops, plan, variant, plane, lane, first_line)
     distances = plan.distances[number]
-    used = 4 * variant.count * len(distances)
+    used = 4 * variant.lines * len(distances)
 
     def step(position: Any, state: list[Any]) -> list[Any]:
         state = list(state)
         operands.begin(position)
         for n, met in plan.bands[number]:
-            for line in range(variant.count):
+            for line in range(variant.lines):
                 b = operands.of_map(n, line)
                 for m in met:
                     at = 4 * (line * len(distances) + n - 2 * m - distances.start)
@@ -97,7 +102,7 @@ def _add_products(
     return [*(ops.add(sums[:used], result) if afresh else result), *sums[used:]]
 
 
-class _Operands:
+class _Operands(ABC):
     """Fragments of one step. Each is loaded where it is first used."""
 
     def __init__(self, ops: Any, plan: GradientPlan, variant: Variant, plane: Any, lane: Any, first_line: Any) -> None:
@@ -108,11 +113,19 @@ class _Operands:
         self.map_start = plane + plan.map_copy.first
         self.grad_lane, self.map_lane = self.addresses(lane, first_line)
 
+    step_words: tuple[int, int]  # from one step to the next, in the copies of the gradient and of the map
+
+    @abstractmethod
     def addresses(self, lane: Any, first_line: Any) -> tuple[Any, Any]:
         """Where the lane reads: block 0 of the gradient, and block 0 of the map for the first line, in step 0."""
-        raise NotImplementedError
 
-    step_words: tuple[int, int]  # from one step to the next, in the copies of the gradient and of the map
+    @abstractmethod
+    def load_grad(self, m: int) -> list[Any]:
+        """The fragment of block m of the gradient."""
+
+    @abstractmethod
+    def of_map(self, n: int, line: int) -> list[Any]:
+        """The fragment of block n of the map for a line."""
 
     def begin(self, position: Any) -> None:
         """Forget the fragments of the step before."""
@@ -125,12 +138,6 @@ class _Operands:
         if m not in self.grads:
             self.grads[m] = self.load_grad(m)
         return self.grads[m]
-
-    def load_grad(self, m: int) -> list[Any]:
-        raise NotImplementedError
-
-    def of_map(self, n: int, line: int) -> list[Any]:
-        raise NotImplementedError
 
 
 class _AlongColumns(_Operands):
@@ -214,7 +221,7 @@ class _PackedAlongRows(_Operands):
         return self.ops.load_matrix(self.grad_at, ROWS // 2 * m, transposed=True)
 
     def of_map(self, n: int, line: int) -> list[Any]:
-        if line % 2 == 0 or line + 1 == self.variant.count:
+        if line % 2 == 0 or line + 1 == self.variant.lines:
             return self._fragment(n, line)
         neighbours = zip(self._fragment(n, line - 1), self._fragment(n, line + 1), strict=True)
         return [self.ops.splice(above, below) for above, below in neighbours]

@@ -58,7 +58,9 @@ def choose_gradient_plan(
 
 def _shapes(math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...]) -> Iterator[GradientPlan]:
     """Tiles and lines; every group of lines on its own."""
-    for kernels, tile in itertools.product(oriented(sizes, origins), itertools.product(*map(_extents, size))):
+    for kernels, tile in itertools.product(
+        oriented(sizes, origins), itertools.product(_extents(size[0]), _extents(size[1]))
+    ):
         whole = tuple(s if s == t else None for s, t in zip(size, tile, strict=True))
         plan = GradientPlan(math, kernels, (whole[0], whole[1]), tile, (1,) * len(sizes), 1, 1, 1, 255)
         if not plan.applies:

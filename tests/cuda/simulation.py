@@ -1,0 +1,62 @@
+"""What bodies of Toeplitz kernels need to run in Numba's CUDA simulator: warps that meet, memory, tensors as arrays."""
+
+import threading
+
+import numpy as np
+import torch
+from numba.cuda.simulator import kernelapi
+
+
+class Warps:
+    """Where the threads of a warp hand their arguments to one of them: by block and warp."""
+
+    def __init__(self):
+        self.lock, self.meetings = threading.Lock(), {}
+
+    def run(self, function, lane, arguments):
+        """function(list of all lanes' arguments), once for the warp; every lane gets its result."""
+        thread = threading.current_thread()  # the simulator's, which knows its place
+        place = (thread.blockIdx.x, thread.threadIdx.x // 32)
+        with self.lock:
+            meeting = self.meetings.setdefault(place, [threading.Barrier(32), [None] * 32, None])
+        barrier, slots, _ = meeting
+        slots[lane] = arguments
+        if barrier.wait(60) == 0:
+            meeting[2] = function(slots)
+        barrier.wait(60)
+        result = meeting[2]
+        barrier.wait(60)
+        return result
+
+
+def memory(shared):
+    """The words of shared memory."""
+    return np.asarray(getattr(shared, "_ary", shared)).view(np.uint32)
+
+
+def vector(slots, i):
+    """Argument i of all lanes."""
+    return np.array([slot[i] for slot in slots], np.int64)
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as `raw` values: float32, or uint16 for both 16-bit types."""
+    flat = tensor.contiguous().flatten()
+    return flat.numpy() if tensor.dtype == torch.float32 else flat.view(torch.int16).numpy().view(np.uint16)
+
+
+def stored(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as `Scalar.stored`: bfloat16 as uint16."""
+    return bits(tensor) if tensor.dtype == torch.bfloat16 else tensor.contiguous().flatten().numpy()
+
+
+class Poisoned(kernelapi.FakeCUDAShared):
+    """Shared memory that is full of NaN, as it may be on a GPU."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self._dynshared.fill(-1)
+
+
+def poison_shared_memory():
+    kernelapi.FakeCUDAShared = Poisoned

@@ -1,0 +1,93 @@
+"""The weight-gradient kernels as compiled, in an interpreter of PTX, against PyTorch's gradients in float64."""
+
+import pytest
+import torch
+
+pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
+
+from sw_transplant.cuda.intrinsics import SIMULATOR
+from sw_transplant.cuda.toeplitz.gradient import launcher
+from sw_transplant.cuda.toeplitz.staging import DTYPES
+from sw_transplant.ops import toeplitz as operators
+from tests.cuda.assembler import compile_to_ptx
+from tests.cuda.gradient_error import gradient_error
+from tests.cuda.ptx_machine import Machine, Program, bits_of
+from tests.cuda.toeplitz_cases import Layer, strips
+
+pytestmark = pytest.mark.skipif(SIMULATOR, reason="the simulator compiles nothing")
+BOUNDS = {"tf32": 5e-4, "tf32x3": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
+STRIPS = strips(9, 3)
+HALO = {"whole": (None, None), "tile": (16, 16)}
+FOUR_WARPS = {"lines": (1, 2), "together": 2, "planes": 2, "parts": 1, "registers": 128}
+EIGHT_WARPS = FOUR_WARPS | {"parts": 2}
+QUICK = [
+    (Layer((13, 11), strips(9, 3, (3, 3))), 3, {}, "tf32"),
+    (Layer((20, 19), STRIPS), 1, HALO, "tf32x3"),
+    (Layer((20, 19), STRIPS), 1, HALO, "float16"),
+    (Layer((17, 10), strips(5, 2)), 3, EIGHT_WARPS, "tf32"),
+    (Layer((9, 10), strips(5, 2)), 3, FOUR_WARPS, "bfloat16"),
+]
+SLOW = [
+    (Layer((13, 11), strips(9, 3, (3, 3))), 3, {}),
+    (Layer((20, 19), STRIPS), 1, HALO),
+    (Layer((17, 18), STRIPS), 3, EIGHT_WARPS),
+    (Layer((6, 7), strips(15, 3)), 5, {}),
+    (Layer((9, 10), ((7, 7),)), 2, {}),
+    (Layer((33, 9), strips(21, 2)), 2, {}),
+    (Layer((33, 21), STRIPS), 2, {"whole": (33, None), "tile": (33, 16)}),
+    (Layer((33, 21), STRIPS), 2, {"whole": (None, 21), "tile": (16, 21)}),
+    (Layer((12, 30), ((5, 3), (3, 5), (3, 3), (1, 1))), 2, {}),
+    (Layer((28, 28), strips(49, 5)), 2, {}),
+    (Layer((56, 56), strips(51, 5)), 1, {}),
+    (Layer((20, 20), ((31, 31),)), 2, {}),
+]
+CASES = QUICK + [pytest.param(*case, math, marks=pytest.mark.exhaustive) for case in SLOW for math in BOUNDS]
+
+
+@pytest.mark.parametrize(("layer", "batch", "division", "math"), CASES, ids=str)
+def test_compiled_kernel(layer: Layer, batch: int, division, math: str, interpreted: list) -> None:
+    plan = layer.gradient_plan(math, **division)
+    x, grad = images(layer, math, batch)
+    results = launcher.toeplitz_weight_grad(x, grad, plan)
+    assert len(interpreted) == 1
+    error = gradient_error(results, x, grad, layer.sizes, [o for pair in layer.origins for o in pair])
+    assert error <= BOUNDS[math], error
+
+
+def test_operator(interpreted: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From tensors of any layout to gradients, with the plan that a GPU would get."""
+    layer = Layer((9, 10), strips(5, 2))
+    plan = layer.gradient_plan("float16")
+    sizes, origins = ([v for pair in pairs for v in pair] for pairs in (layer.sizes, layer.origins))
+    monkeypatch.setattr(operators, "_weight_grad_plan", lambda *arguments: plan)
+    x, grad = images(layer, "float16", 2)
+    views = x.contiguous(memory_format=torch.channels_last), grad.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not any(view.is_contiguous() for view in views)
+    results = operators.toeplitz_weight_grad(*views, sizes, origins)
+    assert len(interpreted) == 1
+    assert [(r.dtype, r.is_contiguous()) for r in results] == [(torch.float16, True)] * 2
+    assert gradient_error(results, x, grad, layer.sizes, origins) <= BOUNDS["float16"]
+
+
+def images(layer: Layer, math: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(batch, 2, *layer.size, generator=generator).to(DTYPES[math]) for _ in range(2))
+    return x, grad
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Launches run in the interpreter, from a workspace full of NaN; returns the list of them."""
+    launches = []
+
+    def launch(factory, key, grid, threads, arguments, shared_bytes):
+        launches.append(key)
+        arguments[2].fill_(float("nan"))
+        machine = Machine(Program(compile_to_ptx(factory(*key))), shared_bytes)
+        machine.launch(
+            grid, threads, [machine.address(bits_of(a)) if isinstance(a, torch.Tensor) else a for a in arguments]
+        )
+
+    monkeypatch.setattr(launcher, "launch", launch)
+    monkeypatch.setattr(launcher, "ENOUGH_BLOCKS", 4)  # so that a block takes several turns
+    return launches
