@@ -17,6 +17,7 @@ from .branch import Branch, PlacedTiles
 from .dispatch import Conditions, Decision, Job, check_form, choose_form, conditions
 from .forms import FORMS, Biases, Call, DenseKernel, add_kernels, dense_kernel, join_extents, join_kernels
 from .geometry import BranchGeometry, Extent, Padding, Size, enclose
+from .recompute import Recompute, computed_twice, normalise
 from .watch import Watch
 
 
@@ -52,6 +53,10 @@ class ShiftwiseConv2d(nn.Module):
 
     spec: Any = None
     """How the paper's module was made (:class:`approximate.SharedSpec`), where this is one that ``convert`` put in."""
+    recompute: Recompute = "none"
+    """Which branches' responses are computed again in the backward pass instead of being kept for their BatchNorm:
+    ``"none"``, ``"small"`` (those with at most a quarter of the largest one's taps) or ``"all"``. Assignable. The
+    gradients are the same, bit for bit. Compiled code and form "shift" keep everything."""
     padding_mode = "zeros"
     transposed = False
     output_padding = (0, 0)
@@ -205,10 +210,21 @@ class ShiftwiseConv2d(nn.Module):
         if ready.autocast and x.dtype is not ready.call.dtype:
             x = x.to(ready.call.dtype)
         maps = FORMS[ready.decision.form].execute(x, ready.plan, ready.biases, ready.call)
-        if not ready.norms:
-            return maps[0]
         first = len(maps) - len(ready.norms)
-        return reduce(add, maps[:first] + [bn(m) for bn, m in zip(ready.norms, maps[first:], strict=True)])
+        for k in range(first, len(maps)):
+            maps[k] = self._normalise(ready, k, maps[k], x)
+        return reduce(add, maps)
+
+    def _normalise(self, ready: _Ready, k: int, responses: Tensor, x: Tensor) -> Tensor:
+        """Output k through its BatchNorm."""
+        norm = ready.norms[k - len(ready.plan)]
+        if not ready.twice[k] or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return norm(responses)  # type: ignore[no-any-return]
+        one, given = slice(k, k + 1), x.detach()
+        execute = FORMS[ready.decision.form].execute
+        return normalise(
+            norm, responses, lambda: execute(given, ready.plan[one], ready.biases[one], ready.call)[0].to(responses)
+        )
 
     def _ready(self, x: Tensor) -> _Ready:
         """What runs on this map, from the cache where nothing has changed."""
@@ -271,6 +287,9 @@ class ShiftwiseConv2d(nn.Module):
             [branch.bn for branch in normalised],  # type: ignore[misc]
             call,
             autocast,
+            computed_twice(
+                "none" if decision.form == "shift" else self.recompute, [sum(e.taps for e in ks) for ks in kernels]
+            ),
         )
 
     def clear_cache(self) -> None:
@@ -340,7 +359,7 @@ class ShiftwiseConv2d(nn.Module):
 class _Ready(NamedTuple):
     """What runs: the form, its plan, what is added to each output, and the BatchNorms of the last outputs.
 
-    ``autocast``: maps of another dtype are cast.
+    ``autocast``: maps of another dtype are cast. ``twice``: which outputs are computed again in the backward pass.
     """
 
     decision: Decision
@@ -349,6 +368,7 @@ class _Ready(NamedTuple):
     norms: list[nn.Module]
     call: Call
     autocast: bool
+    twice: list[bool]
 
 
 class _Cache(NamedTuple):

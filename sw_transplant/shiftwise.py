@@ -76,6 +76,8 @@ class SWConv2d(ShiftwiseConv2d):
     STORES_ORDERS: ClassVar[bool] = True
     """Whether the orders and the active channels are part of the state_dict; else they follow from the seed."""
 
+    recompute = "small"  # the identity branch: 2.3 instead of 3.1 times the input are kept in training
+
     horizontal: Tensor
     vertical: Tensor
     identity: Tensor
@@ -284,7 +286,8 @@ class SWConv2d(ShiftwiseConv2d):
         passed = x[:, :, :: self.stride[0], :: self.stride[1]].to(y.dtype)
         if self.ghosts_last:
             return torch.cat([y, passed.index_select(1, self.ghosts)], dim=1)
-        return passed.index_copy(1, self.active, y)
+        placed: Tensor = _PlaceChannels.apply(passed, self.active, y)
+        return placed
 
     # ---- back to plain convolutions ----
 
@@ -334,6 +337,20 @@ class SWConv2d(ShiftwiseConv2d):
             f"{self.in_channels}, strips of {self.length}: {self.tiles} tiles {n}x{n}, edges={self.edges}, "
             f"paths={len(self.paths)}{ghosts}{stride}, form={self.form!r}"
         )
+
+
+class _PlaceChannels(torch.autograd.Function):
+    """``passed.index_copy(1, channels, y)``, whose own backward pass would keep y to know its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, passed: Tensor, channels: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(channels)
+        return passed.index_copy(1, channels, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
+        (channels,) = ctx.saved_tensors
+        return grad.index_fill(1, channels, 0), None, grad.index_select(1, channels)
 
 
 def _follow_what_was_loaded(module: SWConv2d, _: Any) -> None:

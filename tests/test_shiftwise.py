@@ -497,3 +497,46 @@ def test_paths_are_found_by_their_names():
     module = SWConv2d(8, 15, paths=2)
     assert module.get_submodule("paths.1") is module.paths[1]
     assert module.get_parameter("paths.0.weight") is module.paths[0].weight
+
+
+def kept_bytes(module, x):
+    """What a forward pass keeps for the backward pass, every storage once, and the result."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)
+    return sum(kept.values()), y
+
+
+@pytest.mark.parametrize("form", ["assembled", "gemm", "toeplitz"])
+def test_recomputing_keeps_less_and_changes_no_bit(form):
+    torch.manual_seed(0)
+    module = SWConv2d(16, 13, ghost=0.25, form=form).double().train()
+    x = torch.randn(40, 16, 12, 12, dtype=torch.float64)
+    one_map = 0.75 * x.nbytes
+    results, kept = [], []
+    for recompute in ("none", "small", "all"):
+        twin = copy.deepcopy(module)
+        twin.recompute = recompute
+        given = x.clone().requires_grad_()
+        bytes_, y = kept_bytes(twin, given)
+        assert twin.decision.form == form
+        kept.append(bytes_)
+        y.square().sum().backward()
+        results.append([y, given.grad, *(p.grad for p in twin.parameters()), *twin.buffers()])
+    assert kept[0] - kept[1] == pytest.approx(one_map, rel=0.01)  # that of the identity branch
+    assert kept[1] - kept[2] == pytest.approx(2 * one_map, rel=0.01)
+    assert module.recompute == "small"
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_what_the_first_stage_keeps_in_training():
+    """The published operator keeps 21 times its input; at most 3 times is the aim."""
+    x = torch.randn(16, 80, 56, 56, requires_grad=True)
+    kept, _ = kept_bytes(SWConv2d(80, 51, form="toeplitz").train(), x)
+    assert kept <= 2.4 * x.nbytes
