@@ -71,7 +71,7 @@ def layer(name: str, form: str = "auto", dtype: torch.dtype = torch.float32) -> 
 
 
 def network(form: str = "auto", *, norm: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Images ``(B, 3, H, W)`` to 5 numbers, through two converted layers and, where ``norm``, the paper's; eval mode."""
+    """Images ``(B, 3, H, W)`` to 5 numbers, through two converted layers with ``norm`` also the paper's; eval mode."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, CHANNELS, 3, padding=1),
@@ -99,7 +99,7 @@ def images(batch: int, channels: int = 3, size: tuple[int, int] = (12, 10)) -> T
 
 def error(got: Tensor, expected: Tensor) -> float:
     """Relative RMS error; infinite where anything is not finite."""
-    value = float((got.double() - expected.double()).norm() / expected.double().norm())
+    value = float((got.detach().double() - expected.double()).norm() / expected.detach().double().norm())
     return value if value == value else float("inf")
 
 

@@ -9,7 +9,7 @@ toeplitz_conv with flipped kernels.
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ def _plan(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int]) -> Any:
 
 
 def _weight_grad_plan(x: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> Any:
-    if not _has_kernels(x):
+    if not _has_kernels(x) or _wrong_weight_grad(x.device):
         return None
     from sw_transplant.cuda.toeplitz import weight_grad_plan_for
 
@@ -264,21 +264,58 @@ def _why_no_kernel(device: int) -> str:
 @functools.cache
 def self_test(device: torch.device) -> str:
     """What is wrong with the results of `toeplitz_conv` on a device, also as a warning; empty if nothing is."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, 20, 23, generator=generator, device="cpu")
-    weights = [torch.randn(3, 1, *size, generator=generator, device="cpu") for size in ((11, 3), (3, 11))]
-    origins = [5, 1, 1, 5]
-    try:
+    x, _, weights, _, origins = _trial()
+
+    def run() -> list[Tensor]:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            got = toeplitz_conv(x.to(device), [weight.to(device) for weight in weights], origins).cpu()
-        expected = toeplitz_conv_reference(x, weights, origins)
-        error = ((got - expected).norm() / expected.norm()).item()
-        problem = "" if error <= TF32_ERROR else f"is wrong on {device}: relative error {error:.2g}"
+            return [toeplitz_conv(x.to(device), [weight.to(device) for weight in weights], origins)]
+
+    return _problem("toeplitz", device, run, [toeplitz_conv_reference(x, weights, origins)])
+
+
+@functools.cache
+def weight_grad_self_test(device: torch.device) -> str:
+    """The same for the kernel of `toeplitz_weight_grad`."""
+    from sw_transplant.cuda import toeplitz as kernels
+
+    x, grad, _, sizes, origins = _trial()
+
+    def run() -> list[Tensor]:
+        there = x.to(device)
+        plan = kernels.weight_grad_plan_for(there, pairs(sizes), pairs(origins))
+        return expected if plan is None else kernels.toeplitz_weight_grad(there, grad.to(device), plan)
+
+    expected = toeplitz_weight_grad_reference(x, grad, sizes, origins)
+    return _problem("the weight gradient of toeplitz", device, run, expected)
+
+
+def _wrong_weight_grad(device: torch.device) -> bool:
+    """Whether the kernel of the weight gradient is known to be wrong; it cannot be tried while a graph is captured."""
+    return not torch.cuda.is_current_stream_capturing() and bool(weight_grad_self_test(device))
+
+
+def _trial() -> tuple[Tensor, Tensor, list[Tensor], list[int], list[int]]:
+    """A map, the gradient of an output, kernels, their sizes and origins, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 2, 3, 20, 23, generator=generator, device="cpu")
+    sizes, origins = [11, 3, 3, 11], [5, 1, 1, 5]
+    weights = [torch.randn(3, 1, *size, generator=generator, device="cpu") for size in pairs(sizes)]
+    return x, grad, weights, sizes, origins
+
+
+def _problem(what: str, device: torch.device, run: Callable[[], list[Tensor]], expected: list[Tensor]) -> str:
+    """Why what runs on a device does not give what is expected; empty if it does. Warns."""
+    try:
+        errors = [
+            ((got.cpu() - right).norm() / right.norm()).item() for got, right in zip(run(), expected, strict=True)
+        ]
+        fine = all(error <= TF32_ERROR for error in errors)  # not so for NaN
+        problem = "" if fine else f"is wrong on {device}: relative errors {', '.join(f'{e:.2g}' for e in errors)}"
     except Exception as reason:
         problem = f"fails on {device}: {type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
     if problem:
         warnings.warn(
-            f"sw_transplant: toeplitz {problem}; plain PyTorch is used instead. Please report this.",
+            f"sw_transplant: {what} {problem}; plain PyTorch is used instead. Please report this.",
             RuntimeWarning,
             stacklevel=2,
         )

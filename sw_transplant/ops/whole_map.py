@@ -55,16 +55,23 @@ def whole_map_product(x: Tensor, matrix: Tensor, bias: Tensor | None, out_size: 
         (B, C_out, H', W'), dtype of x and matrix, which are of one dtype.
     """
     (batch, channels), filters = x.shape[:2], matrix.shape[0]
-    maps = x.reshape(batch, channels, -1).transpose(0, 1)  # (C, B, H * W)
-    rows = matrix.reshape(channels, -1, matrix.shape[2])
-    if x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # cuBLAS writes in the order of the output; on a CPU that would be many times slower than a copy afterwards.
-        product = x.new_empty(batch, channels, rows.shape[1])
-        torch.bmm(maps, rows.mT, out=product.transpose(0, 1))
-    else:
-        product = torch.bmm(maps, rows.mT).transpose(0, 1)
-    y = product.reshape(batch, filters, *out_size)
+    y = _products(_maps(x), matrix.reshape(channels, -1, matrix.shape[2]).mT).reshape(batch, filters, *out_size)
     return y if bias is None else y + bias[:, None, None]
+
+
+def _maps(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (C, B, H * W)."""
+    return x.reshape(x.shape[0], x.shape[1], -1).transpose(0, 1)
+
+
+def _products(maps: Tensor, matrices: Tensor) -> Tensor:
+    """(C, B, I) times (C, I, O) -> (B, C, O)."""
+    if not maps.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.bmm(maps, matrices).transpose(0, 1)
+    # cuBLAS writes in the order of the output; on a CPU that would be many times slower than a copy afterwards.
+    products = maps.new_empty(maps.shape[1], maps.shape[0], matrices.shape[2])
+    torch.bmm(maps, matrices, out=products.transpose(0, 1))
+    return products
 
 
 def whole_map_conv(
@@ -97,14 +104,14 @@ class _WholeMapConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         origin, out_size, stride = ctx.lattice
-        (batch, channels), in_size = x.shape[:2], (x.shape[2], x.shape[3])
-        grads = grad.reshape(batch, channels, -1).transpose(0, 1)  # (C, B, m * H' * W')
+        channels, in_size = x.shape[1], (x.shape[2], x.shape[3])
+        grads = _maps(grad.reshape(x.shape[0], channels, -1, 1))  # (C, B, m * H' * W')
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             matrix = toeplitz_matrix(weight, origin, in_size, out_size, stride)
-            grad_x = torch.bmm(grads, matrix.reshape(channels, -1, matrix.shape[2])).transpose(0, 1).reshape(x.shape)
+            grad_x = _products(grads, matrix.reshape(channels, -1, matrix.shape[2])).reshape(x.shape)
         if ctx.needs_input_grad[1]:
-            grad_matrix = torch.bmm(grads.mT, x.reshape(batch, channels, -1).transpose(0, 1))
+            grad_matrix = torch.bmm(grads.mT, _maps(x))
             grad_weight = _kernel_of(
                 grad_matrix.reshape(weight.shape[0], *out_size, *in_size), weight.shape[2:], origin, stride
             )

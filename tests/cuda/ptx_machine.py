@@ -173,7 +173,7 @@ class Warp:
         if operation in ("mov", "cvta"):
             return self.read(operands[0], "u64" if operation == "cvta" else kind)
         if kind == "pred":
-            values = [self.registers[o] != 0 for o in operands]
+            values = [self.read(o, kind) for o in operands]
             return ~values[0] if operation == "not" else ARITHMETIC[operation](*values)
         values = [self.read(o, kind) for o in operands]
         if operation in ("shl", "shr"):
@@ -236,6 +236,8 @@ class Warp:
 
     def read(self, operand: str, kind: str) -> np.ndarray:
         """A register, a special one, a constant or the address of shared memory, as this type."""
+        if kind == "pred":
+            return self.registers[operand] != 0 if operand.startswith("%") else np.full(LANES, int(operand, 0) != 0)
         dtype = np.dtype(TYPES[kind])
         if operand in self.special:
             return self.special[operand].astype(dtype)

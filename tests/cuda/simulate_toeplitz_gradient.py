@@ -93,8 +93,7 @@ CASES = [
         (18, 17),
         ((5, 2), (2, 5)),
         ("tf32",),
-        batch=5,
-        enough_blocks=4,
+        batch=3,
         division={"lines": (1, 2), "together": 2, "planes": 2, "parts": 2},
     ),
     Case(
@@ -117,7 +116,7 @@ CASES = [
     Case("13 x 13, lines along the columns", (14, 17), ((13, 13),), ("tf32x3", "float16"), square_axis=0),
     Case("7 x 7, some channels", (9, 23), ((7, 7),), ("tf32", "bfloat16"), batch=2, channels=2, enough_blocks=4),
     Case("even and asymmetric", (15, 11), ((8, 4), (4, 6), (2, 2)), FEW, origins=((1, 3), (3, 0), (0, 2))),
-    Case("beside the map", (9, 9), ((3, 5), (5, 3)), FEW, origins=((-2, 6), (7, -1)), batch=2),
+    Case("beside the map", (9, 9), ((3, 5), (5, 3)), FEW, origins=((-2, 6), (7, -1)), channels=2),
     Case("four kernels on a pixel", (1, 1), ((5, 3), (3, 5), (3, 3), (1, 1)), FEW, batch=5, enough_blocks=2),
 ]
 

@@ -1,5 +1,6 @@
 """toeplitz_conv and toeplitz_weight_grad as operators: the definition, gradients, registration, compilation, errors."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +225,29 @@ def test_a_device_with_wrong_results_is_found_out(monkeypatch):
             assert problem in toeplitz.self_test(cpu)
         assert problem in toeplitz.self_test(cpu)  # and no second warning
     toeplitz.self_test.cache_clear()
+
+
+def test_a_device_with_wrong_weight_gradients_is_found_out(monkeypatch):
+    kernels = pytest.importorskip("sw_transplant.cuda.toeplitz", reason="the CUDA extra is not installed")
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(kernels, "weight_grad_plan_for", lambda x, sizes, origins: (sizes, origins))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def right(x, grad, plan):
+        return toeplitz_weight_grad_reference(x, grad, *([value for pair in pairs for value in pair] for pairs in plan))
+
+    for run, problem in (
+        (right, ""),
+        (lambda *a: [1.01 * result for result in right(*a)], "is wrong"),
+        (lambda *a: [result / 0 for result in right(*a)], "is wrong"),
+        (lambda *a: 1 / 0, "ZeroDivision"),
+    ):
+        toeplitz.weight_grad_self_test.cache_clear()
+        monkeypatch.setattr(kernels, "toeplitz_weight_grad", run)
+        with pytest.warns(RuntimeWarning, match=problem) if problem else contextlib.nullcontext():
+            assert problem in toeplitz.weight_grad_self_test(cpu)
+        assert bool(problem) == toeplitz._wrong_weight_grad(cpu)  # and no second warning
+    toeplitz.weight_grad_self_test.cache_clear()
 
 
 def test_an_old_gpu_is_told_so_once(monkeypatch):

@@ -19,7 +19,7 @@ if SIMULATOR:
         local = FakeCUDALocal()
 
 else:
-    from numba import cuda
+    from numba import cuda  # type: ignore[no-redef]
 
 int32, uint32, int64, uint64 = types.int32, types.uint32, types.int64, types.uint64
 
