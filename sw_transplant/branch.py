@@ -211,7 +211,7 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
     @property
     def is_identity(self) -> bool:
         """Whether the branch passes the map on as it is (its bank is no parameter)."""
-        return not isinstance(self.bank, nn.Parameter)
+        return "bank" in self._buffers  # a Parameter may be away: torch.func and parametrizations put tensors there
 
     def placed(self, origin: Size, *, fold: bool) -> list[Placed]:
         """The branch as tensors; ``fold`` multiplies the BatchNorm's scale into the tiles, in float32 at least."""

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from .forms import FORMS, Call
 from .geometry import Extent
+from .ops.depthwise import is_channels_last
 from .ops.toeplitz import why_no_kernel
-from .ops.tracing import constant_when_traced
+from .ops.tracing import constant_when_traced, is_transformed
 
 MATRIX_LIMIT = 128 * 2**20
 """Bytes that the matrices of one layer may take in form "gemm"."""
@@ -53,6 +54,7 @@ class Conditions(NamedTuple):
         channels_last: whether the map is laid out so.
         autocast: what autocast computes in here; None while it is off.
         coarse_matmul: float32 convolutions are to be exact, while matrix products may use TF32.
+        transformed: within torch.func or forward-mode differentiation, which do not see into operators of our own.
     """
 
     device: torch.device
@@ -60,6 +62,7 @@ class Conditions(NamedTuple):
     channels_last: bool
     autocast: torch.dtype | None
     coarse_matmul: bool
+    transformed: bool = False
 
 
 class Job(NamedTuple):
@@ -93,9 +96,10 @@ def conditions(x: Tensor) -> Conditions:
     return Conditions(
         device,
         not torch.compiler.is_compiling() and x.shape[0] > FEW_IMAGES,
-        not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last),
+        is_channels_last(x),
         torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None,
         kind == "cuda" and _matmul_is_coarser(),
+        is_transformed(),
     )
 
 
@@ -132,6 +136,8 @@ def choose_form(requested: str, job: Job, given: Conditions) -> Decision:
 def _obstacle(form: str, job: Job, given: Conditions) -> str:
     """Why a form cannot run a job; empty if it can."""
     call = job.call
+    if given.transformed and form in ("shift", "toeplitz"):
+        return "is an operator that torch.func and forward-mode differentiation do not see into"
     if form == "gemm":
         needed = len(job.kernels) * job.channels[1] * _positions(call.in_size) * _positions(call.out_size)
         needed *= job.call.dtype.itemsize

@@ -89,7 +89,8 @@ class LiveMemo:
         if any(mask.is_inference() for mask in masks):  # these do not count their changes
             return _live_tiles(masks)
         if self._known is None or not _unchanged(self._known[0], masks):
-            self._known = ([(mask, mask._version) for mask in masks], _live_tiles(masks))
+            with torch.inference_mode(False):  # what is kept may be saved for a backward pass later
+                self._known = ([(mask, mask._version) for mask in masks], _live_tiles(masks))
         return self._known[1]
 
     def __reduce__(self) -> Any:

@@ -17,6 +17,7 @@ from .branch import Branch, PlacedTiles
 from .dispatch import Conditions, Decision, Job, check_form, choose_form, conditions
 from .forms import FORMS, Biases, Call, DenseKernel, add_kernels, dense_kernel, join_extents, join_kernels
 from .geometry import BranchGeometry, Extent, Padding, Size, enclose
+from .ops.depthwise import is_channels_last
 from .recompute import Recompute, computed_twice, normalise
 from .watch import Watch
 
@@ -202,7 +203,8 @@ class ShiftwiseConv2d(nn.Module):
                 f"ShiftwiseConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) or (C, H, W)"
             )
         y = self._run(x)
-        return y if y.is_contiguous() and x.is_contiguous() else y.contiguous(memory_format=_memory_format(x))
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format  # as nn.Conv2d gives it
+        return y.contiguous(memory_format=layout)
 
     def _run(self, x: Tensor) -> Tensor:
         """The branches on a map ``(B, C, H, W)``."""
@@ -217,7 +219,7 @@ class ShiftwiseConv2d(nn.Module):
 
     def _normalise(self, ready: _Ready, k: int, responses: Tensor, x: Tensor) -> Tensor:
         """Output k through its BatchNorm."""
-        norm = ready.norms[k - len(ready.plan)]
+        norm = ready.norms[k - len(ready.biases)]
         if not ready.twice[k] or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return norm(responses)  # type: ignore[no-any-return]
         one, given = slice(k, k + 1), x.detach()
@@ -231,7 +233,16 @@ class ShiftwiseConv2d(nn.Module):
         if torch.compiler.is_compiling():
             return self._prepare(x, conditions(x))
         given = conditions(x)
-        key = (self._form, given, x.shape[1:], torch.is_inference_mode_enabled())
+        if given.transformed:  # tensors that stand for others must not stay behind in a plan
+            self._cache = None
+            return self._prepare(x, given)
+        stream = None
+        if x.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                # The graph runs later, and may outlive the plan: it makes its own, from the weights of that time.
+                return self._prepare(x, given)
+            stream = torch.cuda.current_stream(x.device).cuda_stream  # on another one it may not be ready yet
+        key = (self._form, given, x.shape[1:], torch.is_inference_mode_enabled(), stream)
         cached = self._cache
         if cached is not None and cached.key == key and cached.watch.unchanged():
             return cached.ready
@@ -383,8 +394,3 @@ def _total(biases: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None
     """Sum of the biases that exist, rounded once to the dtype of the bank."""
     given = [bias for bias in biases if bias is not None]
     return reduce(add, given).to(dtype) if given else None
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format

@@ -22,6 +22,7 @@ from .forms import DenseKernel, LiveTiles
 from .geometry import BranchGeometry, Extent, Size
 from .masks import LiveMemo
 from .modules import ShiftwiseConv2d
+from .ops.tracing import is_transformed
 from .orders import PUBLISHED_SEED, active_channels, branch_tables, draw_orders
 from .shared_bank import BranchView, Once, TilePath
 
@@ -286,6 +287,8 @@ class SWConv2d(ShiftwiseConv2d):
         passed = x[:, :, :: self.stride[0], :: self.stride[1]].to(y.dtype)
         if self.ghosts_last:
             return torch.cat([y, passed.index_select(1, self.ghosts)], dim=1)
+        if is_transformed():
+            return passed.index_copy(1, self.active, y)
         placed: Tensor = _PlaceChannels.apply(passed, self.active, y)
         return placed
 

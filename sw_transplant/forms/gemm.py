@@ -10,6 +10,7 @@ from torch import Tensor
 from sw_transplant.forms.assembled import add_kernels, dense_kernel, embed
 from sw_transplant.forms.placed import Biases, Call, DenseKernel, Outputs
 from sw_transplant.geometry import Extent
+from sw_transplant.ops.tracing import is_transformed
 from sw_transplant.ops.whole_map import toeplitz_matrix, whole_map_conv, whole_map_product
 
 
@@ -22,7 +23,7 @@ def prepare_gemm(outputs: Outputs, call: Call) -> list[DenseKernel | Tensor]:
     kernels = [_undilated(reduce(add_kernels, map(dense_kernel, branches)), call.dtype) for branches in outputs]
     return [
         kernel
-        if torch.is_grad_enabled() and kernel.weight.requires_grad
+        if torch.is_grad_enabled() and kernel.weight.requires_grad and not is_transformed()
         else toeplitz_matrix(kernel.weight, kernel.extent.origin, call.in_size, call.out_size, call.stride)
         for kernel in kernels
     ]

@@ -1,7 +1,10 @@
-"""What compilers that trace Python need to be told."""
+"""What compilers need to be told, and whether the tensors of a call stand for others."""
 
 from collections.abc import Callable
 from typing import TypeVar
+
+import torch
+from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -13,3 +16,10 @@ def constant_when_traced(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: tensors stand for others, or carry tangents."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

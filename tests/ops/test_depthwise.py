@@ -1,12 +1,19 @@
 """Depthwise convolutions and weight gradients, whichever way they are computed."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sw_transplant.ops import depthwise
-from sw_transplant.ops.depthwise import DepthwiseConv2d, depthwise_weight_grad, lines_weight_grad
+from sw_transplant.ops.depthwise import (
+    DepthwiseConv2d,
+    depthwise_weight_grad,
+    is_channels_last,
+    lines_weight_grad,
+)
 
 # batch, map, kernel, origin: one case for each way that depthwise_weight_grad has on a CPU, and odd ones
 CASES = {
@@ -93,7 +100,10 @@ def test_weights_are_packed_where_that_helps_and_nobody_looks():
 
     assert packed(layer(), x)
     assert not packed(layer(), x, times=1)
-    assert not packed(layer(), x.contiguous())
+    assert packed(layer(), x.contiguous())  # a small map
+    large = torch.randn(2, 4, 90, 90)
+    assert not packed(layer(), large)
+    assert packed(layer(), large.contiguous(memory_format=torch.channels_last))
     assert not packed(layer(weight.double()), x.double())
     assert not packed(layer(weight.requires_grad_()), x)
     weight.requires_grad_(False)
@@ -109,3 +119,20 @@ def test_weights_are_packed_where_that_helps_and_nobody_looks():
     traced = layer()
     torch.jit.trace(lambda x: traced(x, None), x)
     assert traced._packed is None
+
+
+def test_memory_formats_as_convolutions_see_them():
+    """On slices, steps and turned maps of both formats the output of conv2d tells."""
+    shapes = itertools.product((1, 3), (1, 2, 5), (1, 4), (1, 5))
+    seen = set()
+    for (batch, channels, height, width), layout, cut in itertools.product(
+        shapes, (torch.contiguous_format, torch.channels_last), range(4)
+    ):
+        base = torch.randn(2 * batch, 2 * channels, 2 * height, 2 * width).contiguous(memory_format=layout)
+        x = base[:batch, channels:, :height, :width]
+        x = [x, x.contiguous(memory_format=layout), base[:batch, :channels], x.mT][cut]
+        y = F.conv2d(x, torch.randn(channels, 1, 3, 3), padding=1, groups=channels)
+        if y.is_contiguous() != y.is_contiguous(memory_format=torch.channels_last):
+            assert is_channels_last(x) == (not y.is_contiguous()), (x.shape, x.stride())
+            seen.add(is_channels_last(x))
+    assert seen == {False, True}
