@@ -17,8 +17,9 @@ from .branch import Branch, PlacedTiles
 from .dispatch import Conditions, Decision, Job, check_form, choose_form, conditions
 from .forms import FORMS, Biases, Call, DenseKernel, add_kernels, dense_kernel, join_extents, join_kernels
 from .geometry import BranchGeometry, Extent, Padding, Size, enclose
-from .ops.depthwise import is_channels_last
+from .ops.depthwise import is_channels_last, runs_as_it_is
 from .recompute import Recompute, computed_twice, normalise
+from .shortcut import Shortcut
 from .watch import Watch
 
 
@@ -58,6 +59,8 @@ class ShiftwiseConv2d(nn.Module):
     """Which branches' responses are computed again in the backward pass instead of being kept for their BatchNorm:
     ``"none"``, ``"small"`` (those with at most a quarter of the largest one's taps) or ``"all"``. Assignable. The
     gradients are the same, bit for bit. Compiled code and form "shift" keep everything."""
+    shortens = True
+    """Whether all that a call does is in the plan, so that there can be a :class:`shortcut.Shortcut`."""
     padding_mode = "zeros"
     transposed = False
     output_padding = (0, 0)
@@ -94,10 +97,11 @@ class ShiftwiseConv2d(nn.Module):
             raise ValueError(f"ShiftwiseConv2d: stride {stride}, expected two integers of at least 1")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, in_channels
         self.stride: Size = (stride[0], stride[1])
+        self._cache: _Cache | None = None
+        self._shortcut: Shortcut | None = None
         self.form = form
         self.match = match
         self.decision: Decision | None = None
-        self._cache: _Cache | None = None
 
     def _check_sizes(self) -> None:
         """Refuses branches whose outputs would differ in size: here, not at the first call."""
@@ -134,6 +138,7 @@ class ShiftwiseConv2d(nn.Module):
     def form(self, value: str) -> None:
         check_form(value)
         self._form = value
+        self.clear_cache()
 
     @property
     def extent(self) -> Extent:
@@ -194,6 +199,10 @@ class ShiftwiseConv2d(nn.Module):
         return self._geometry.out_size(size, self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._shortcut is not None and not torch.compiler.is_compiling():
+            y = self._shortcut(x)
+            if y is not None:
+                return y
         if isinstance(x, torch.fx.Proxy):  # to every FX tracer this module is a leaf, as nn.Conv2d is
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
         if x.dim() == 3:
@@ -234,7 +243,7 @@ class ShiftwiseConv2d(nn.Module):
             return self._prepare(x, conditions(x))
         given = conditions(x)
         if given.transformed:  # tensors that stand for others must not stay behind in a plan
-            self._cache = None
+            self.clear_cache()
             return self._prepare(x, given)
         stream = None
         if x.is_cuda:
@@ -245,8 +254,10 @@ class ShiftwiseConv2d(nn.Module):
         key = (self._form, given, x.shape[1:], torch.is_inference_mode_enabled(), stream)
         cached = self._cache
         if cached is not None and cached.key == key and cached.watch.unchanged():
+            if self.shortens and Shortcut.applies(cached.ready.plan, x) and runs_as_it_is(x):
+                self._shortcut = Shortcut(x, cached.ready.plan[0], cached.ready.biases[0], cached.watch)
             return cached.ready
-        self._cache = None
+        self.clear_cache()
         ready = self._prepare(x, given)
         self.decision = ready.decision
         if not ready.norms:
@@ -306,6 +317,7 @@ class ShiftwiseConv2d(nn.Module):
     def clear_cache(self) -> None:
         """Forgets the cached plan. Needed only after a write that PyTorch does not count (through ``tensor.data``)."""
         self._cache = None
+        self._shortcut = None
 
     def train(self, mode: bool = True) -> ShiftwiseConv2d:
         self.clear_cache()
@@ -316,7 +328,7 @@ class ShiftwiseConv2d(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None, "decision": None}
+        return {**self.__dict__, "_cache": None, "_shortcut": None, "decision": None}
 
     # ---- back to plain convolutions ----
 

@@ -77,6 +77,7 @@ class SWConv2d(ShiftwiseConv2d):
     STORES_ORDERS: ClassVar[bool] = True
     """Whether the orders and the active channels are part of the state_dict; else they follow from the seed."""
 
+    shortens = False  # ghosts go around the plan
     recompute = "small"  # the identity branch: 2.3 instead of 3.1 times the input are kept in training
 
     horizontal: Tensor

@@ -13,7 +13,7 @@ float32, maps 56 to 7, batch 1 and 8:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ class DepthwiseConv2d:
         """x (B, C, H, W), bias (C_out,) -> (B, C_out, H', W'), in whatever memory format is at hand."""
         if self.margins is not None:
             x = F.pad(x, self.margins)
-        if self._packs and _runs_as_it_is(x):
+        if self._packs and runs_as_it_is(x):
             if self._too_wide or x.numel() <= self._most or is_channels_last(x):
                 x = x.contiguous(memory_format=torch.channels_last)
                 self._runs += 1
@@ -67,13 +67,31 @@ class DepthwiseConv2d:
             x = x.contiguous(memory_format=torch.channels_last)
         return F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, x.shape[1])
 
+    def step(self, x: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """What a call does with maps that are just like this one, where `runs_as_it_is`, without asking again."""
+        geometry = self.padding, self.stride, self.dilation, x.shape[1]
+        if self.margins is not None or not self._packs or x.dtype is not self.weight.dtype:
+            return lambda x: self(x, bias)
+        if not (self._too_wide or x.numel() <= self._most or is_channels_last(x)):
+            padding, stride, dilation, groups = geometry
+            return lambda x: torch.conv2d(x, self.weight, bias, stride, padding, dilation, groups)
+        packed, run, layout = self._pack(x), _run_packed(), torch.channels_last
+        return lambda x: run(x.contiguous(memory_format=layout), packed, bias, *geometry, "none", [], "")
+
     def _run_packed(self, x: Tensor, bias: Tensor | None) -> Tensor:
         geometry = self.padding, self.stride, self.dilation, x.shape[1]
+        return _run_packed()(x, self._pack(x), bias, *geometry, "none", [], "")
+
+    def _pack(self, x: Tensor) -> Tensor:
         if self._packed is None:
+            geometry = self.padding, self.stride, self.dilation, x.shape[1]
             self._packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, x.shape)
-        return torch.ops.mkldnn._convolution_pointwise(  # type: ignore[no-any-return]
-            x, self._packed, bias, *geometry, "none", [], ""
-        )
+        return self._packed
+
+
+def _run_packed() -> Callable[..., Tensor]:
+    """PyTorch's convolution with packed weights."""
+    return torch.ops.mkldnn._convolution_pointwise.default  # type: ignore[no-any-return]
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -83,7 +101,9 @@ def is_channels_last(x: Tensor) -> bool:
     """
     if x.is_contiguous():
         return False
-    least = 1
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    least = 1  # channels nearest to each other, then columns, rows and images: a part of a channels_last map
     for dim in (1, 3, 2, 0):
         if x.stride(dim) < least:
             return False
@@ -91,7 +111,7 @@ def is_channels_last(x: Tensor) -> bool:
     return True
 
 
-def _runs_as_it_is(x: Tensor) -> bool:
+def runs_as_it_is(x: Tensor) -> bool:
     """Whether nothing records or reinterprets the operators that run."""
     return not (
         (torch.is_grad_enabled() and x.requires_grad)

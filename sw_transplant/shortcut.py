@@ -1,0 +1,60 @@
+"""The shortest way through a layer on a CPU, where Python between two small convolutions costs as much as they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .forms.assembled import Convolutions
+from .ops.depthwise import is_channels_last, runs_as_it_is
+from .watch import Watch
+
+
+class Shortcut:
+    """What a layer does with a map that is just like the one before, while the layer stays as it is.
+
+    A map of the same shape, strides and dtype takes the same way; so that little is left to be asked. The results are
+    those of the long way, bit for bit.
+
+    Args:
+        like: the map.
+        entry, bias: the one output of a plan of form "assembled", on a CPU.
+        watch: of the layer.
+    """
+
+    def __init__(self, like: Tensor, entry: Convolutions, bias: Tensor | None, watch: Watch) -> None:
+        self._shape, self._strides, self._dtype = like.shape, like.stride(), like.dtype
+        self._first, *self._others = [
+            layer.step(like, bias if i == 0 else None) for i, layer in enumerate(entry.layers)
+        ]
+        self._layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+        self._inference = torch.is_inference_mode_enabled()
+        self._watch = watch
+
+    @staticmethod
+    def applies(plan: Sequence[object], like: Tensor) -> bool:
+        """Whether a plan is of the kind that there is a shortcut for."""
+        (entry,) = plan if len(plan) == 1 else (None,)
+        return (
+            isinstance(entry, Convolutions) and bool(entry.layers) and not entry.residual and like.device.type == "cpu"
+        )
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """The layer's output, or None where the long way is to be taken."""
+        if (
+            type(x) is not Tensor
+            or x.shape != self._shape
+            or x.stride() != self._strides
+            or x.dtype is not self._dtype
+            or not runs_as_it_is(x)
+            or torch.is_autocast_enabled("cpu")
+            or torch.is_inference_mode_enabled() is not self._inference
+            or not self._watch.unchanged()
+        ):
+            return None
+        y = self._first(x)
+        for step in self._others:
+            y += step(x)
+        return y.contiguous(memory_format=self._layout)

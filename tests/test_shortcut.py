@@ -1,0 +1,156 @@
+"""The shortcut of small layers on a CPU: the same bits as the long way, and never taken for anything else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sw_transplant import ShiftwiseConv2d, convert
+from sw_transplant.shiftwise import SWConv2d
+from sw_transplant.shortcut import Shortcut
+
+
+class Strips(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.tall = nn.Conv2d(channels, channels, (17, 3), padding=(8, 1), groups=channels)
+        self.wide = nn.Conv2d(channels, channels, (3, 17), padding=(1, 8), groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tall(x) + self.wide(x)
+
+
+LAYERS = {
+    "small": (nn.Conv2d(6, 6, 7, padding=3, groups=6), (1, 6, 12, 12)),
+    "no bias, stride": (nn.Conv2d(6, 6, 7, 2, 3, groups=6, bias=False), (2, 6, 12, 11)),
+    "large": (nn.Conv2d(6, 6, 7, padding=3, groups=6), (2, 6, 90, 80)),
+    "strips": (Strips(6), (2, 6, 30, 40)),
+    "asymmetric": (nn.Conv2d(6, 6, 8, padding="same", groups=6), (2, 6, 12, 12)),
+    "float64": (nn.Conv2d(6, 6, 7, padding=3, groups=6).double(), (1, 6, 30, 30)),
+}
+
+
+def layer(name: str) -> tuple[ShiftwiseConv2d, Tensor]:
+    """In eval mode, with a map that it fits."""
+    torch.manual_seed(0)
+    original, shape = LAYERS[name]
+    return convert(original).eval(), torch.randn(shape, dtype=next(original.parameters()).dtype)
+
+
+def warm(module: ShiftwiseConv2d, x: Tensor) -> Tensor:
+    """The result of the first call; there is a shortcut then."""
+    with torch.no_grad():
+        first = module(x)
+        for _ in range(3):
+            module(x)
+    return first
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[bool]:
+    """For every time that a shortcut is tried, whether it was taken."""
+    outcomes: list[bool] = []
+    call = Shortcut.__call__
+
+    def noted(self: Shortcut, x: Tensor) -> Tensor | None:
+        y = call(self, x)
+        outcomes.append(y is not None)
+        return y
+
+    monkeypatch.setattr(Shortcut, "__call__", noted)
+    return outcomes
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_same_bits_in_the_same_format(name: str, layout: torch.memory_format, taken: list[bool]) -> None:
+    module, x = layer(name)
+    x = x.contiguous(memory_format=layout)
+    first = warm(module, x)
+    taken.clear()
+    other = torch.randn_like(x)
+    with torch.no_grad():
+        got, expected = module(x), copy.deepcopy(module)(other)
+        assert taken == [True]
+        assert torch.equal(module(other), expected)
+    assert torch.equal(got, first)
+    assert got.stride() == first.stride()
+    assert torch.allclose(first, LAYERS[name][0](x), atol=1e-4)
+
+
+def test_other_maps_take_the_long_way(taken: list[bool]) -> None:
+    module, x = layer("small")
+    warm(module, x)
+    others = [
+        x[:, :, :-1],
+        x.contiguous(memory_format=torch.channels_last),
+        torch.cat([x, x]),
+        x.mT,
+        nn.Parameter(x),
+        x.clone().requires_grad_(),
+        x[0],
+    ]
+    for other in others:
+        taken.clear()
+        y = module(other)
+        assert taken[0] is False
+        assert torch.allclose(y, LAYERS["small"][0](other), atol=1e-5)
+        warm(module, x)
+
+
+def test_other_conditions_take_the_long_way(taken: list[bool]) -> None:
+    module, x = layer("small")
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    warm(module, x)
+    taken.clear()
+    assert not module(x).requires_grad
+    assert taken == [True]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+    with FlopCounterMode(display=False) as counter:
+        module(x)
+    assert counter.get_total_flops() == 2 * x.numel() * 49
+    with torch.inference_mode():
+        module(x)
+    assert True not in taken[1:]
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    assert module(x).requires_grad
+
+
+@pytest.mark.parametrize("change", ["weight", "bias", "form", "train", "data", "replaced"])
+def test_changes_are_seen(change: str) -> None:
+    module, x = layer("small")
+    before = warm(module, x)
+    bank, branch = module.branches[0].bank, module.branches[0]
+    with torch.no_grad():
+        if change == "weight":
+            bank.mul_(2)
+        elif change == "bias":
+            branch.bias.add_(1)
+        elif change == "form":
+            module.form = "shift"
+        elif change == "train":
+            module.train()
+        elif change == "data":
+            bank.data = bank.data * 2
+        else:
+            branch.bank = nn.Parameter(bank * 2)
+        after = module(x)
+        expected = copy.deepcopy(module)(x)
+    assert torch.equal(after, expected)
+    assert module.decision is not None
+    assert module.decision.form == ("shift" if change == "form" else "assembled")
+    if change not in ("form", "train"):
+        assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_ghosts_have_no_shortcut() -> None:
+    module, x = SWConv2d(8, 9, ghost=0.25).eval(), torch.randn(1, 8, 10, 10)
+    warm(module, x)
+    assert module._shortcut is None
