@@ -147,6 +147,8 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
     ) -> Branch:
         """Lays out a kernel ``(C_out, 1, kh, kw)``. ``requires_grad`` is that of the kernel and of the bias."""
         bank, _ = lay_out(kernel.detach(), tile)
+        if kernel.stride(1) == 1 < kernel.stride(0):  # what channels_last makes of the one input channel
+            bank = bank.contiguous(memory_format=torch.channels_last)
         return cls(
             geometry,
             nn.Parameter(bank, requires_grad=requires_grad[0]),

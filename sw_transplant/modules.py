@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
@@ -47,7 +47,8 @@ class ShiftwiseConv2d(nn.Module):
             kept up to date by compiled code.
 
     Shape: ``(B, C_in, H, W)`` or ``(C_in, H, W)`` to the same with C_out channels, as ``nn.Conv2d``. The dtype is that
-    of the bank; the output is channels_last where the input is.
+    of the bank; the output is channels_last where the input or
+    the module is, as that of nn.Conv2d.
 
     Raises:
         ValueError: branches that do not fit together, an unknown form, an input of the wrong shape.
@@ -121,6 +122,11 @@ class ShiftwiseConv2d(nn.Module):
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of the module."""
         return self.branches[0].bank  # type: ignore[return-value]
+
+    @property
+    def _is_channels_last(self) -> bool:
+        """Whether ``to(memory_format=torch.channels_last)`` was called on the module, or on what it replaces."""
+        return is_channels_last(self._like)
 
     @property
     def _geometry(self) -> BranchGeometry:
@@ -211,9 +217,19 @@ class ShiftwiseConv2d(nn.Module):
             raise ValueError(
                 f"ShiftwiseConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) or (C, H, W)"
             )
-        y = self._run(x)
-        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format  # as nn.Conv2d gives it
-        return y.contiguous(memory_format=layout)
+        given = x.contiguous(memory_format=torch.channels_last) if self._is_channels_last else x
+        y = self._run(given)
+        y = y.contiguous(memory_format=torch.channels_last if is_channels_last(given) else torch.contiguous_format)
+        self._shorten(x, given)
+        return y
+
+    def _shorten(self, x: Tensor, given: Tensor) -> None:
+        """Makes a shortcut for maps like x, which the long way took as ``given``, once that has been repeated."""
+        cached = self._cache
+        if self.shortens and cached is not None and cached.repeated and runs_as_it_is(x):
+            plan, call = cached.ready.plan, cached.ready.call
+            if Shortcut.applies(plan, call, x):
+                self._shortcut = Shortcut(x, given, plan[0], cached.ready.biases[0], cached.watch)
 
     def _run(self, x: Tensor) -> Tensor:
         """The branches on a map ``(B, C, H, W)``."""
@@ -254,8 +270,7 @@ class ShiftwiseConv2d(nn.Module):
         key = (self._form, given, x.shape[1:], torch.is_inference_mode_enabled(), stream)
         cached = self._cache
         if cached is not None and cached.key == key and cached.watch.unchanged():
-            if self.shortens and Shortcut.applies(cached.ready.plan, x) and runs_as_it_is(x):
-                self._shortcut = Shortcut(x, cached.ready.plan[0], cached.ready.biases[0], cached.watch)
+            cached.repeated = True
             return cached.ready
         self.clear_cache()
         ready = self._prepare(x, given)
@@ -394,12 +409,17 @@ class _Ready(NamedTuple):
     twice: list[bool]
 
 
-class _Cache(NamedTuple):
-    """What ran on maps and under conditions of this key, while the module stays as it is."""
+@dataclass
+class _Cache:
+    """What ran on maps and under conditions of this key, while the module stays as it is.
+
+    ``repeated``: it ran more than once.
+    """
 
     key: tuple[Any, ...]
     ready: _Ready
     watch: Watch
+    repeated: bool = False
 
 
 def _total(biases: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:

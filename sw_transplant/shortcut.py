@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .forms.assembled import Convolutions
+from .forms.placed import Call
 from .ops.depthwise import is_channels_last, runs_as_it_is
 from .watch import Watch
 
@@ -20,26 +21,27 @@ class Shortcut:
 
     Args:
         like: the map.
+        given: the same in the memory format that the layer wants.
         entry, bias: the one output of a plan of form "assembled", on a CPU.
         watch: of the layer.
     """
 
-    def __init__(self, like: Tensor, entry: Convolutions, bias: Tensor | None, watch: Watch) -> None:
+    def __init__(self, like: Tensor, given: Tensor, entry: Convolutions, bias: Tensor | None, watch: Watch) -> None:
         self._shape, self._strides, self._dtype = like.shape, like.stride(), like.dtype
         self._first, *self._others = [
-            layer.step(like, bias if i == 0 else None) for i, layer in enumerate(entry.layers)
+            layer.step(given, bias if i == 0 else None) for i, layer in enumerate(entry.layers)
         ]
-        self._layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+        self._turns = given is not like
+        self._layout = torch.channels_last if is_channels_last(given) else torch.contiguous_format
         self._inference = torch.is_inference_mode_enabled()
         self._watch = watch
 
     @staticmethod
-    def applies(plan: Sequence[object], like: Tensor) -> bool:
-        """Whether a plan is of the kind that there is a shortcut for."""
-        (entry,) = plan if len(plan) == 1 else (None,)
-        return (
-            isinstance(entry, Convolutions) and bool(entry.layers) and not entry.residual and like.device.type == "cpu"
-        )
+    def applies(plan: Sequence[object], call: Call, like: Tensor) -> bool:
+        """Whether a plan is for this map, and of the kind that there is a shortcut for."""
+        entry = plan[0] if len(plan) == 1 else None
+        fits = like.device.type == "cpu" and like.dtype is call.dtype and like.shape[2:] == call.in_size
+        return fits and isinstance(entry, Convolutions) and bool(entry.layers) and not entry.residual
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The layer's output, or None where the long way is to be taken."""
@@ -54,6 +56,8 @@ class Shortcut:
             or not self._watch.unchanged()
         ):
             return None
+        if self._turns:
+            x = x.contiguous(memory_format=torch.channels_last)
         y = self._first(x)
         for step in self._others:
             y += step(x)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sw_transplant import ShiftwiseConv2d
+from sw_transplant import ShiftwiseConv2d, convert
 from sw_transplant.branch import Branch
 from sw_transplant.geometry import BranchGeometry
 from sw_transplant.verify import BOUNDS
@@ -365,3 +365,21 @@ def branch(channels=4, size=(7, 7), padding=(3, 3, 3, 3)):
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_memory_format_of_a_model_is_kept(when):
+    original = nn.Conv2d(6, 6, 7, padding=3, groups=6).eval()
+    if when == "before":
+        original.to(memory_format=torch.channels_last)
+    module = convert(original)
+    if when == "after":
+        module.to(memory_format=torch.channels_last)
+        original.to(memory_format=torch.channels_last)
+    for x in (torch.randn(2, 6, 9, 8), torch.randn(2, 6, 9, 8).contiguous(memory_format=torch.channels_last)):
+        with torch.no_grad():
+            for _ in range(3):
+                y, expected = module(x), original(x)
+                assert y.stride() == expected.stride()
+                assert error(y, expected) <= 1e-6
+    assert torch.equal(module.weight, original.weight)
