@@ -46,9 +46,9 @@ def build_network(name: str, size: int, *, deploy: bool) -> nn.Module:
 
 
 class ChannelNorm(nn.Module):
-    """LayerNorm over the channels of ``(B, C, H, W)`` in terms of mean and variance, as SLaK's and ConvNeXt's code does.
+    """LayerNorm over the channels of ``(B, C, H, W)`` in terms of mean and variance, as SLaK's authors write it.
 
-    It keeps contiguous maps contiguous, where `LayerNorm2d` gives channels_last; native depthwise convolutions on a CPU
+    It keeps contiguous maps contiguous, where `LayerNorm2d` gives channels_last. On a CPU, native depthwise convolutions
     differ several times in speed between the two.
     """
 

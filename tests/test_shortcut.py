@@ -150,6 +150,15 @@ def test_changes_are_seen(change: str) -> None:
         assert not torch.allclose(after, before, atol=1e-3)
 
 
+def test_autocast_leaves_no_shortcut() -> None:
+    module, x = layer("small")
+    with torch.autocast("cpu", torch.bfloat16):
+        warm(module, x.bfloat16())
+    assert module._shortcut is None
+    with pytest.raises(RuntimeError, match="same"), torch.no_grad():
+        module(x.bfloat16())
+
+
 def test_ghosts_have_no_shortcut() -> None:
     module, x = SWConv2d(8, 9, ghost=0.25).eval(), torch.randn(1, 8, 10, 10)
     warm(module, x)
