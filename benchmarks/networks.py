@@ -48,8 +48,8 @@ def build_network(name: str, size: int, *, deploy: bool) -> nn.Module:
 class ChannelNorm(nn.Module):
     """LayerNorm over the channels of ``(B, C, H, W)`` in terms of mean and variance, as SLaK's authors write it.
 
-    It keeps contiguous maps contiguous, where `LayerNorm2d` gives channels_last. On a CPU, the speed of native depthwise
-    convolutions differs several times between the two.
+    It keeps contiguous maps contiguous, where `LayerNorm2d` gives channels_last. On a CPU, native convolutions are
+    several times faster in one of the two than in the other.
     """
 
     def __init__(self, norm: nn.LayerNorm) -> None:
