@@ -3,9 +3,10 @@
 A form that is asked for runs wherever it can. ``"auto"`` follows a rule that was measured, never taking what was
 slower than the original convolution:
 
-- On a GPU (H200, torch 2.11, batch 128): a matrix over the whole map ("gemm") up to 14 x 14, at 14 x 14 8 to 17 times
-  and at 7 x 7 6 to 13 times faster than cuDNN; beyond that Toeplitz products, 2.4 to 12 times faster. The one case in
-  which cuDNN won was 16 bits, channels_last, 7 x 7.
+- On a GPU (H200, torch 2.11, batch 128, prototypes of what runs here): up to 14 x 14 a matrix over the whole map
+  ("gemm"), at 14 x 14 8 to 17 times and at 7 x 7 6 to 13 times faster than cuDNN; beyond that Toeplitz products, 2.4
+  to 12 times faster. The one case in which cuDNN won was 16 bits, channels_last, 7 x 7. Smaller batches were not
+  measured.
 - On a CPU (2 cores with AVX-512, torch 2.15): the original kind of convolution, in the memory format that is fast
   (:mod:`sw_transplant.ops.depthwise`); for several kernels on up to 7 x 7 "gemm", with the matrix that eval keeps;
   in training "toeplitz", whose weight gradient is up to 15 times faster than PyTorch's.
@@ -32,6 +33,7 @@ SMALL_MAP = 14 * 14
 TINY_MAP = 7 * 7
 """The same on a CPU in dtypes that it has kernels for."""
 FEW_IMAGES = 16
+"""Images up to which a CPU gains by "gemm"."""
 WORTH_PRODUCTS = 2e6
 """Multiplications of one image's forward pass from which on a CPU gains by Toeplitz products in training."""
 AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
