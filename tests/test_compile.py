@@ -89,9 +89,10 @@ def test_few_and_many_images_are_one_graph() -> None:
 
 def test_one_graph_serves_every_batch_in_generated_code() -> None:
     check_batches(layer("strips", "toeplitz").train(), "inductor", images(2, CHANNELS), images(3, CHANNELS))
+    check_batches(layer("strips", "gemm"), "inductor", images(2, CHANNELS), images(3, CHANNELS))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @MODES
 @pytest.mark.parametrize("form", FORMS)
 def test_one_graph_in_generated_code_in_every_form(form: str, train: bool) -> None:
