@@ -87,9 +87,9 @@ def test_few_and_many_images_are_one_graph() -> None:
     assert decided == {"gemm", "assembled"}
 
 
-def test_one_graph_serves_every_batch_in_generated_code() -> None:
-    check_batches(layer("strips", "toeplitz").train(), "inductor", images(2, CHANNELS), images(3, CHANNELS))
-    check_batches(layer("strips", "gemm"), "inductor", images(2, CHANNELS), images(3, CHANNELS))
+@pytest.mark.parametrize(("form", "train"), [("toeplitz", True), ("gemm", False)])
+def test_one_graph_serves_every_batch_in_generated_code(form: str, train: bool) -> None:
+    check_batches(layer("strips", form).train(train), "inductor", images(2, CHANNELS), images(3, CHANNELS))
 
 
 @pytest.mark.exhaustive
