@@ -84,8 +84,10 @@ class Job(NamedTuple):
 
 
 def check_form(form: str) -> None:
-    """Raises:
-    ValueError: no form has this name.
+    """Accepts ``"auto"`` and the names of forms.
+
+    Raises:
+        ValueError: no form has this name.
     """
     if form != "auto" and form not in FORMS:
         raise ValueError(f"form: got {form!r}, expected 'auto' or one of {sorted(FORMS)}")

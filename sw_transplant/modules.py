@@ -17,7 +17,7 @@ from .branch import Branch, PlacedTiles
 from .dispatch import Conditions, Decision, Job, check_form, choose_form, conditions
 from .forms import FORMS, Biases, Call, DenseKernel, add_kernels, dense_kernel, join_extents, join_kernels
 from .geometry import BranchGeometry, Extent, Padding, Size, enclose
-from .ops.depthwise import is_channels_last, runs_as_it_is
+from .ops.depthwise import is_channels_last, layout_of, runs_as_it_is
 from .recompute import Recompute, computed_twice, normalise
 from .shortcut import Shortcut
 from .watch import Watch
@@ -47,8 +47,7 @@ class ShiftwiseConv2d(nn.Module):
             kept up to date by compiled code.
 
     Shape: ``(B, C_in, H, W)`` or ``(C_in, H, W)`` to the same with C_out channels, as ``nn.Conv2d``. The dtype is that
-    of the bank; the output is channels_last where the input or
-    the module is, as that of nn.Conv2d.
+    of the bank; the output is channels_last where the input or the module is, as that of nn.Conv2d.
 
     Raises:
         ValueError: branches that do not fit together, an unknown form, an input of the wrong shape.
@@ -218,8 +217,7 @@ class ShiftwiseConv2d(nn.Module):
                 f"ShiftwiseConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) or (C, H, W)"
             )
         given = x.contiguous(memory_format=torch.channels_last) if self._is_channels_last else x
-        y = self._run(given)
-        y = y.contiguous(memory_format=torch.channels_last if is_channels_last(given) else torch.contiguous_format)
+        y = self._run(given).contiguous(memory_format=layout_of(given))
         self._shorten(x, given)
         return y
 

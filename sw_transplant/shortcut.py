@@ -9,14 +9,14 @@ from torch import Tensor
 
 from .forms.assembled import Convolutions
 from .forms.placed import Call
-from .ops.depthwise import is_channels_last, runs_as_it_is
+from .ops.depthwise import layout_of, runs_as_it_is
 from .watch import Watch
 
 
 class Shortcut:
     """What a layer does with a map that is just like the one before, while the layer stays as it is.
 
-    A map of the same shape, strides and dtype takes the same way; so that little is left to be asked. The results are
+    A map of the same shape, strides and dtype takes the same way, so that little is left to be asked. The results are
     those of the long way, bit for bit.
 
     Args:
@@ -32,7 +32,7 @@ class Shortcut:
             layer.step(given, bias if i == 0 else None) for i, layer in enumerate(entry.layers)
         ]
         self._turns = given is not like
-        self._layout = torch.channels_last if is_channels_last(given) else torch.contiguous_format
+        self._layout = layout_of(given)
         self._inference = torch.is_inference_mode_enabled()
         self._watch = watch
 

@@ -58,40 +58,41 @@ class DepthwiseConv2d:
         if self.margins is not None:
             x = F.pad(x, self.margins)
         if self._packs and runs_as_it_is(x):
-            if self._too_wide or x.numel() <= self._most or is_channels_last(x):
+            if self._turns(x):
                 x = x.contiguous(memory_format=torch.channels_last)
                 self._runs += 1
                 if self._runs > 1 and x.dtype is self.weight.dtype:
-                    return self._run_packed(x, bias)
+                    return self._packed_step(x, bias)(x)
         elif self._too_wide:
             x = x.contiguous(memory_format=torch.channels_last)
         return F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, x.shape[1])
 
     def step(self, x: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """What a call does with maps that are just like this one, where `runs_as_it_is`, without asking again."""
-        geometry = self.padding, self.stride, self.dilation, x.shape[1]
         if self.margins is not None or not self._packs or x.dtype is not self.weight.dtype:
             return lambda x: self(x, bias)
-        if not (self._too_wide or x.numel() <= self._most or is_channels_last(x)):
-            padding, stride, dilation, groups = geometry
-            return lambda x: torch.conv2d(x, self.weight, bias, stride, padding, dilation, groups)
-        packed, run, layout = self._pack(x), _run_packed(), torch.channels_last
-        return lambda x: run(x.contiguous(memory_format=layout), packed, bias, *geometry, "none", [], "")
+        if self._turns(x):
+            run, layout = self._packed_step(x, bias), torch.channels_last
+            return lambda x: run(x.contiguous(memory_format=layout))
+        stride, padding, dilation, groups = self.stride, self.padding, self.dilation, x.shape[1]
+        return lambda x: F.conv2d(x, self.weight, bias, stride, padding, dilation, groups)
 
-    def _run_packed(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _turns(self, x: Tensor) -> bool:
+        """Whether a call that packs takes the map in channels_last."""
+        return self._too_wide or x.numel() <= self._most or is_channels_last(x)
+
+    def _packed_step(self, x: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """PyTorch's convolution with packed weights, for maps in channels_last of as many channels as x."""
         geometry = self.padding, self.stride, self.dilation, x.shape[1]
-        return _run_packed()(x, self._pack(x), bias, *geometry, "none", [], "")
-
-    def _pack(self, x: Tensor) -> Tensor:
         if self._packed is None:
-            geometry = self.padding, self.stride, self.dilation, x.shape[1]
             self._packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, x.shape)
-        return self._packed
+        packed, run = self._packed, torch.ops.mkldnn._convolution_pointwise.default
+        return lambda x: run(x, packed, bias, *geometry, "none", [], "")
 
 
-def _run_packed() -> Callable[..., Tensor]:
-    """PyTorch's convolution with packed weights."""
-    return torch.ops.mkldnn._convolution_pointwise.default  # type: ignore[no-any-return]
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The memory format that PyTorch's convolutions give the output for this map."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -5,14 +5,11 @@ The 32 threads of a warp meet before the products, one of them runs `multiply` f
 again. Prints one line for each run and exits with an error at the first difference.
 """
 
-import sys
-import time
 from dataclasses import dataclass, replace
 
 import torch
 from numba import cuda
 
-from sw_transplant.cuda import intrinsics
 from sw_transplant.cuda.toeplitz.kernel import toeplitz_source
 from sw_transplant.cuda.toeplitz.launcher import divide
 from sw_transplant.cuda.toeplitz.plan import Plan
@@ -21,7 +18,7 @@ from sw_transplant.cuda.toeplitz.settings import choose_plan
 from sw_transplant.cuda.toeplitz.staging import DTYPES
 from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference
 from tests.cuda.lockstep import Lockstep
-from tests.cuda.simulation import Warps, bits, memory, poison_shared_memory, stored, vector
+from tests.cuda.simulation import Warps, bits, main, memory, stored, vector
 from tests.cuda.toeplitz_cases import Tiles
 
 BOUNDS = {"tf32": 1e-3, "tf32x3": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
@@ -138,12 +135,4 @@ def check(case: Case, math: str) -> float:
 
 
 if __name__ == "__main__":
-    assert intrinsics.SIMULATOR
-    poison_shared_memory()
-    chosen = sys.argv[1:]
-    for case in CASES:
-        for math in case.maths:
-            if not chosen or any(word in case.name for word in chosen):
-                start = time.time()
-                check(case, math)
-                print(f"   {time.time() - start:.1f} s")
+    main(CASES, check)

@@ -5,8 +5,6 @@ The 32 threads of a warp meet before the products, one of them runs `multiply` f
 again. Prints one line for each run and exits with an error at the first difference.
 """
 
-import sys
-import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +12,6 @@ import numpy as np
 import torch
 from numba import cuda
 
-from sw_transplant.cuda import intrinsics
 from sw_transplant.cuda.toeplitz.gradient import launcher
 from sw_transplant.cuda.toeplitz.gradient.kernel import gradient_source
 from sw_transplant.cuda.toeplitz.gradient.launcher import divide_gradient, gradients_from
@@ -24,7 +21,7 @@ from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
 from sw_transplant.cuda.toeplitz.staging import DTYPES
 from tests.cuda.gradient_error import gradient_error
 from tests.cuda.lockstep import Lockstep
-from tests.cuda.simulation import Warps, bits, memory, poison_shared_memory, vector
+from tests.cuda.simulation import Warps, bits, main, memory, vector
 
 BOUNDS = {"tf32": 1e-3, "tf32x3": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
 MATHS = tuple(BOUNDS)
@@ -144,12 +141,4 @@ def check(case: Case, math: str) -> float:
 
 
 if __name__ == "__main__":
-    assert intrinsics.SIMULATOR
-    poison_shared_memory()
-    chosen = sys.argv[1:]
-    for case in CASES:
-        for math in case.maths:
-            if not chosen or any(word in case.name for word in chosen):
-                start = time.time()
-                check(case, math)
-                print(f"   {time.time() - start:.1f} s")
+    main(CASES, check)

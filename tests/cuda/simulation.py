@@ -1,10 +1,14 @@
 """What bodies of Toeplitz kernels need to run in Numba's CUDA simulator: warps that meet, memory, tensors as arrays."""
 
+import sys
 import threading
+import time
 
 import numpy as np
 import torch
 from numba.cuda.simulator import kernelapi
+
+from sw_transplant.cuda import intrinsics
 
 
 class Warps:
@@ -60,3 +64,16 @@ class Poisoned(kernelapi.FakeCUDAShared):
 
 def poison_shared_memory():
     kernelapi.FakeCUDAShared = Poisoned
+
+
+def main(cases, check):
+    """check(case, math) for every case and its maths, or those whose name has a word of the command line in it."""
+    assert intrinsics.SIMULATOR
+    poison_shared_memory()
+    chosen = sys.argv[1:]
+    for case in cases:
+        for math in case.maths:
+            if not chosen or any(word in case.name for word in chosen):
+                start = time.time()
+                check(case, math)
+                print(f"   {time.time() - start:.1f} s")

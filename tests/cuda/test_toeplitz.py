@@ -1,51 +1,21 @@
 """The Toeplitz kernels: their body in Numba's CUDA simulator, and on a GPU."""
 
-import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from sw_transplant.ops.toeplitz import kernel_applies, toeplitz_conv
 from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference
+from tests.cuda import on_gpu
+from tests.cuda.on_gpu import NUMBERS, bound
 
-ROOT = Path(__file__).resolve().parents[2]
-BOUNDS = {"tf32": 2e-3, "ieee": 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative RMS, DESIGN section 6
-SHAPES = {
-    "strips": ((2, 5, 56, 56), [(51, 5), (5, 51)]),
-    "strips and a square": ((3, 4, 28, 28), [(49, 5), (5, 49), (5, 5)]),
-    "odd, one image": ((1, 3, 55, 57), [(51, 5), (5, 51)]),
-    "small map": ((130, 6, 7, 7), [(13, 5), (5, 13)]),
-    "31 x 31": ((2, 3, 56, 56), [(31, 31)]),
-    "13 x 13": ((9, 3, 14, 14), [(13, 13)]),
-    "7 x 7": ((5, 7, 56, 56), [(7, 7)]),
-    "halo": ((1, 3, 200, 336), [(51, 5), (5, 51)]),
-    "halo, square": ((2, 2, 100, 168), [(31, 31)]),
-    "halo, odd": ((2, 2, 101, 131), [(13, 13), (1, 1)]),
-    "even kernels": ((3, 4, 15, 11), [(8, 4), (4, 6), (2, 2)]),
-}
-NUMBERS = [("tf32", torch.float32), ("ieee", torch.float32), ("tf32", torch.float16), ("tf32", torch.bfloat16)]
+SHAPES = {"strips": ((2, 5, 56, 56), [(51, 5), (5, 51)]), **on_gpu.SHAPES}
 
 
-def test_bodies_in_the_simulator() -> None:
-    pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
-    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "tests/cuda/simulate_toeplitz.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count("relative error") > 30
+def test_bodies_in_the_simulator(simulate) -> None:
+    assert simulate("simulate_toeplitz.py").count("relative error") > 30
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.fixture
-def precision(monkeypatch: pytest.MonkeyPatch):
-    """Sets how PyTorch's convolutions multiply float32."""
-    return functools.partial(monkeypatch.setattr, torch.backends.cudnn.conv, "fp32_precision")
 
 
 def inputs(name: str, dtype: torch.dtype, device: str = "cuda"):
@@ -62,10 +32,6 @@ def inputs(name: str, dtype: torch.dtype, device: str = "cuda"):
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
-
-
-def bound(mode: str, dtype: torch.dtype) -> float:
-    return BOUNDS[mode if dtype == torch.float32 else dtype]
 
 
 class TestOnAGPU:

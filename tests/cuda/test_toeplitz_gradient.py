@@ -1,49 +1,22 @@
 """The weight-gradient kernels: their body in Numba's CUDA simulator, and on a GPU."""
 
-import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from sw_transplant.ops.toeplitz import toeplitz_conv, toeplitz_weight_grad, weight_grad_kernel_applies
+from tests.cuda import on_gpu
 from tests.cuda.gradient_error import gradient_error
+from tests.cuda.on_gpu import NUMBERS, bound
 
-ROOT = Path(__file__).resolve().parents[2]
-BOUNDS = {"tf32": 2e-3, "ieee": 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # DESIGN section 6, without its x 10
 SHAPES = {
     "strips": ((5, 5, 56, 56), [(51, 5), (5, 51)]),
-    "strips and a square": ((3, 4, 28, 28), [(49, 5), (5, 49), (5, 5)]),
     "many images": ((1024, 2, 14, 14), [(47, 5), (5, 47)]),
-    "odd, one image": ((1, 3, 55, 57), [(51, 5), (5, 51)]),
-    "small map": ((130, 6, 7, 7), [(13, 5), (5, 13)]),
-    "31 x 31": ((2, 3, 56, 56), [(31, 31)]),
-    "13 x 13": ((9, 3, 14, 14), [(13, 13)]),
-    "7 x 7": ((5, 7, 56, 56), [(7, 7)]),
-    "halo": ((1, 3, 200, 336), [(51, 5), (5, 51)]),
-    "halo, square": ((2, 2, 100, 168), [(31, 31)]),
-    "halo, odd": ((2, 2, 101, 131), [(13, 13), (1, 1)]),
-    "even kernels": ((3, 4, 15, 11), [(8, 4), (4, 6), (2, 2)]),
+    **on_gpu.SHAPES,
 }
-NUMBERS = [("tf32", torch.float32), ("ieee", torch.float32), ("tf32", torch.float16), ("tf32", torch.bfloat16)]
 
 
-def test_bodies_in_the_simulator() -> None:
-    pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
-    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "tests/cuda/simulate_toeplitz_gradient.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count("relative error") >= 20
-
-
-@pytest.fixture
-def precision(monkeypatch: pytest.MonkeyPatch):
-    """Sets how PyTorch's convolutions multiply float32."""
-    return functools.partial(monkeypatch.setattr, torch.backends.cudnn.conv, "fp32_precision")
+def test_bodies_in_the_simulator(simulate) -> None:
+    assert simulate("simulate_toeplitz_gradient.py").count("relative error") >= 20
 
 
 def inputs(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:
@@ -67,8 +40,7 @@ class TestOnAGPU:
         del garbage  # the allocator hands the same memory out again: what is not written stays NaN
         results = toeplitz_weight_grad(x, grad, sizes, origins)
         assert all(result.dtype == dtype and result.is_contiguous() for result in results)
-        bound = BOUNDS[mode if dtype == torch.float32 else dtype]
-        assert gradient_error(results, x, grad, SHAPES[name][1], origins) <= bound
+        assert gradient_error(results, x, grad, SHAPES[name][1], origins) <= bound(mode, dtype)
 
     @pytest.mark.parametrize(("mode", "dtype"), NUMBERS, ids=str)
     @pytest.mark.parametrize("name", ["strips", "small map", "halo, odd"])

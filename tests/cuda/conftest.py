@@ -1,0 +1,34 @@
+"""Fixtures of the tests of the Toeplitz kernels."""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def simulate() -> Callable[[str], str]:
+    """Runs a file of this folder in Numba's CUDA simulator, a process of its own, and returns what it prints."""
+    pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
+
+    def run(name: str) -> str:
+        environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, f"tests/cuda/{name}"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def precision(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Sets how PyTorch's convolutions multiply float32."""
+    return functools.partial(monkeypatch.setattr, torch.backends.cudnn.conv, "fp32_precision")
