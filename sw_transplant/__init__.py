@@ -5,16 +5,16 @@ converted = sw.convert(model)              # the same function, large kernels as
 print(sw.verify(model, converted))
 """
 
-from .config import SWConfig
-from .convert import convert
-from .find import inspect_model
-from .io import load, save
-from .match import NoLargeKernelError
-from .merge import merge
-from .modules import ShiftwiseConv2d
-from .report import summary
-from .tuning import set_form, tune
-from .verify import verify
+from sw_transplant.config import SWConfig
+from sw_transplant.convert import convert
+from sw_transplant.find.match import NoLargeKernelError
+from sw_transplant.find.search import inspect_model
+from sw_transplant.find.summary import summary
+from sw_transplant.io import load, save
+from sw_transplant.merge import merge
+from sw_transplant.modules import ShiftwiseConv2d
+from sw_transplant.tuning import set_form, tune
+from sw_transplant.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import SWConfig
-from .forms import DenseKernel, add_kernels, embed
-from .geometry import Extent, enclose
-from .match import Match
-from .modules import ShiftwiseConv2d
-from .orders import active_channels
-from .sharing import share
-from .shiftwise import SWConv2d
+from sw_transplant.config import SWConfig
+from sw_transplant.find.match import Match
+from sw_transplant.forms import DenseKernel, add_kernels, embed
+from sw_transplant.geometry import Extent, enclose
+from sw_transplant.modules import ShiftwiseConv2d
+from sw_transplant.orders import active_channels
+from sw_transplant.sharing import share
+from sw_transplant.shiftwise import SWConv2d
 
 DEFAULT_TILE = 3
 """Side of the tiles where the config names none: that of the paper's models."""
@@ -98,7 +98,7 @@ def build_shared(original: ShiftwiseConv2d, match: Match, config: SWConfig) -> S
 
     Args:
         original: the layer, laid out (exact); it is not changed.
-        match: what it replaces; passes :func:`find.reason_against_sharing`.
+        match: what it replaces; passes :func:`search.reason_against_sharing`.
         config: of mode ``"shiftwise"``.
 
     Returns:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .equivalence import assembly_index, grid_placements, lay_out, support
-from .forms import LiveTiles, Placed
-from .geometry import BranchGeometry, Extent, Size
-from .masks import MaskedTiles
+from sw_transplant.equivalence import assembly_index, grid_placements, lay_out, support
+from sw_transplant.forms import LiveTiles, Placed
+from sw_transplant.geometry import BranchGeometry, Extent, Size
+from sw_transplant.masks import MaskedTiles
 
 
 class PlacedTiles:

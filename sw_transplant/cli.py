@@ -14,11 +14,11 @@ from typing import Any, NoReturn, TextIO, get_args
 
 import torch
 
-from . import __version__
-from .commands import Result, run_convert, run_inspect, run_verify
-from .config import Form, SWConfig
-from .io import CONFIG_NAME, WEIGHTS_NAME
-from .load_model import InputError, one_line
+from sw_transplant import __version__
+from sw_transplant.commands import Result, run_convert, run_inspect, run_verify
+from sw_transplant.config import Form, SWConfig
+from sw_transplant.io import CONFIG_NAME, WEIGHTS_NAME
+from sw_transplant.load_model import InputError, one_line
 
 BAD_INPUT, BUG, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
 """Exit codes beside the command's own. BUG is an exception that nobody expected, also one of the model's own code."""

@@ -83,7 +83,7 @@ class SWConfig:
         Raises:
             ValueError: there is no such step.
         """
-        from .presets import preset
+        from sw_transplant.presets import preset
 
         return preset(name)
 

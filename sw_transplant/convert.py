@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .approximate import build_shared
-from .branch import Branch
-from .config import SWConfig
-from .find import Select, inspect_model
-from .match import Inspection, Match, NoLargeKernelError, SourceBranch
-from .modules import ShiftwiseConv2d
+from sw_transplant.approximate import build_shared
+from sw_transplant.branch import Branch
+from sw_transplant.config import SWConfig
+from sw_transplant.find.match import Inspection, Match, NoLargeKernelError, SourceBranch
+from sw_transplant.find.search import Select, inspect_model
+from sw_transplant.modules import ShiftwiseConv2d
 
 
 def convert(

@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .forms import FORMS, Call
-from .geometry import Extent
-from .ops.depthwise import is_channels_last
-from .ops.toeplitz import why_no_kernel
-from .ops.tracing import constant_when_traced, is_transformed
+from sw_transplant.forms import FORMS, Call
+from sw_transplant.geometry import Extent
+from sw_transplant.ops.depthwise import is_channels_last
+from sw_transplant.ops.toeplitz import why_no_kernel
+from sw_transplant.ops.tracing import constant_when_traced, is_transformed
 
 MATRIX_LIMIT = 128 * 2**20
 """Bytes that the matrices of one layer may take in form "gemm"."""

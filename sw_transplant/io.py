@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .approximate import SharedSpec
-from .config import CONFIG_VERSION
-from .convert import build, find_site, put
-from .masks import MaskedTiles
-from .match import Match, join_path
-from .modules import ShiftwiseConv2d
+from sw_transplant.approximate import SharedSpec
+from sw_transplant.config import CONFIG_VERSION
+from sw_transplant.convert import build, find_site, put
+from sw_transplant.find.match import Match, join_path
+from sw_transplant.masks import MaskedTiles
+from sw_transplant.modules import ShiftwiseConv2d
 
 CONFIG_NAME = "sw_config.json"
 WEIGHTS_NAME = "model.safetensors"

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .branch import Branch
-from .masks import MaskedTiles
-from .match import NoLargeKernelError
-from .shiftwise import SWConv2d
-from .tables import render_table
+from sw_transplant.branch import Branch
+from sw_transplant.find.match import NoLargeKernelError
+from sw_transplant.masks import MaskedTiles
+from sw_transplant.shiftwise import SWConv2d
+from sw_transplant.tables import render_table
 
 ELEMENT_MASK = "sparsity_mask"
 """Buffer of an ordinary convolution or linear layer: which of its weights are in use, bool, of the weight's shape."""

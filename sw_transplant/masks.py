@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .forms import LiveTiles
+from sw_transplant.forms import LiveTiles
 
 
 class MaskedTiles:

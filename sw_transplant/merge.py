@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .forms import DenseKernel
-from .geometry import BranchGeometry
-from .modules import ShiftwiseConv2d
+from sw_transplant.forms import DenseKernel
+from sw_transplant.geometry import BranchGeometry
+from sw_transplant.modules import ShiftwiseConv2d
 
 
 def merge(model: nn.Module, *, inplace: bool = False) -> nn.Module:

@@ -13,14 +13,14 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .branch import Branch, PlacedTiles
-from .dispatch import Conditions, Decision, Job, check_form, choose_form, conditions
-from .forms import FORMS, Biases, Call, DenseKernel, add_kernels, dense_kernel, join_extents, join_kernels
-from .geometry import BranchGeometry, Extent, Padding, Size, enclose
-from .ops.depthwise import is_channels_last, layout_of, runs_as_it_is
-from .recompute import Recompute, computed_twice, normalise
-from .shortcut import Shortcut
-from .watch import Watch
+from sw_transplant.branch import Branch, PlacedTiles
+from sw_transplant.dispatch import Conditions, Decision, Job, check_form, choose_form, conditions
+from sw_transplant.forms import FORMS, Biases, Call, DenseKernel, add_kernels, dense_kernel, join_extents, join_kernels
+from sw_transplant.geometry import BranchGeometry, Extent, Padding, Size, enclose
+from sw_transplant.ops.depthwise import is_channels_last, layout_of, runs_as_it_is
+from sw_transplant.recompute import Recompute, computed_twice, normalise
+from sw_transplant.shortcut import Shortcut
+from sw_transplant.watch import Watch
 
 
 class ShiftwiseConv2d(nn.Module):
@@ -40,7 +40,7 @@ class ShiftwiseConv2d(nn.Module):
         stride: of the output, ``(sh, sw)``, the same for every branch.
         branches: at least one :class:`Branch`.
         form: how it runs: ``"auto"`` or a form of :mod:`sw_transplant.forms`. Assignable.
-        match: what the module replaced, kept for ``save`` (a :class:`sw_transplant.find.Match`).
+        match: what the module replaced, kept for ``save`` (a :class:`sw_transplant.find.search.Match`).
 
     Attributes:
         decision: the form that ran last, and why (:class:`dispatch.Decision`); None before the first call, and not

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import SWConfig
+from sw_transplant.config import SWConfig
 
 
 @dataclass(frozen=True)

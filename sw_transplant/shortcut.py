@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .forms.assembled import Convolutions
-from .forms.placed import Call
-from .ops.depthwise import layout_of, runs_as_it_is
-from .watch import Watch
+from sw_transplant.forms.assembled import Convolutions
+from sw_transplant.forms.placed import Call
+from sw_transplant.ops.depthwise import layout_of, runs_as_it_is
+from sw_transplant.watch import Watch
 
 
 class Shortcut:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .masked_layers import MaskedLayer
+from sw_transplant.masked_layers import MaskedLayer
 
 Batch = Callable[[], Tensor] | tuple[Any, Any, Callable[[Any, Any], Tensor]]
 """A function that returns the loss of one batch, or ``(inputs, labels, loss)`` for ``loss(model(inputs), labels)``."""

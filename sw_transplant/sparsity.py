@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .masked_layers import MaskedLayer, of_first_rank, sparsity_report, trainable_layers
-from .masks import MaskedTiles
-from .snip import Batch, above_one_threshold, best_units, snip_scores
+from sw_transplant.masked_layers import MaskedLayer, of_first_rank, sparsity_report, trainable_layers
+from sw_transplant.masks import MaskedTiles
+from sw_transplant.snip import Batch, above_one_threshold, best_units, snip_scores
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

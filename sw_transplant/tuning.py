@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dispatch import check_form
-from .find import Select, selector
-from .forms import FORMS
-from .modules import ShiftwiseConv2d
-from .tables import render_table
+from sw_transplant.dispatch import check_form
+from sw_transplant.find.search import Select, selector
+from sw_transplant.forms import FORMS
+from sw_transplant.modules import ShiftwiseConv2d
+from sw_transplant.tables import render_table
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from .geometry import BranchGeometry, Padding, Size
+from sw_transplant.geometry import BranchGeometry, Padding, Size
 
 _HOOKS = {
     "_forward_hooks": "forward hooks",

@@ -9,14 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .accept import conv_geometry, interference, is_depthwise, kernel_of, looks_like_conv, reason_against
-from .approximate import shared_parameters
-from .config import SWConfig
-from .equivalence import choose_tile
-from .geometry import Size
-from .match import Inspection, Match, Skipped, SourceBranch, join_path
-from .modules import ShiftwiseConv2d
-from .trace import LinearBranch, NotLinearError, linear_branches
+from sw_transplant.approximate import shared_parameters
+from sw_transplant.config import SWConfig
+from sw_transplant.equivalence import choose_tile
+from sw_transplant.find.linear import LinearBranch, NotLinearError, linear_branches
+from sw_transplant.find.match import Inspection, Match, Skipped, SourceBranch, join_path
+from sw_transplant.find.rules import (
+    conv_geometry,
+    interference,
+    is_depthwise,
+    kernel_of,
+    looks_like_conv,
+    reason_against,
+)
+from sw_transplant.geometry import Size
+from sw_transplant.modules import ShiftwiseConv2d
 
 Select = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 """Which layers to convert: glob patterns of paths (a pattern also selects all below what it names), or a function of

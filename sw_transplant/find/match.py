@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .geometry import BranchGeometry, Size
-from .tables import render_table
+from sw_transplant.geometry import BranchGeometry, Size
+from sw_transplant.tables import render_table
 
 
 class NoLargeKernelError(ValueError):

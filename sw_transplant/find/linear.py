@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .accept import conv_geometry, interference, reason_against, static_padding
-from .geometry import BranchGeometry, Size
+from sw_transplant.find.rules import conv_geometry, interference, reason_against, static_padding
+from sw_transplant.geometry import BranchGeometry, Size
 
 
 class NotLinearError(Exception):

@@ -6,11 +6,11 @@ from typing import cast
 
 from torch import nn
 
-from .branch import Branch
-from .config import SWConfig
-from .find import Select, inspect_model
-from .modules import ShiftwiseConv2d
-from .tables import render_table
+from sw_transplant.branch import Branch
+from sw_transplant.config import SWConfig
+from sw_transplant.find.search import Select, inspect_model
+from sw_transplant.modules import ShiftwiseConv2d
+from sw_transplant.tables import render_table
 
 
 def summary(model: nn.Module, config: SWConfig | None = None, *, select: Select = None) -> str:
