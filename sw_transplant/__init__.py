@@ -11,8 +11,8 @@ from sw_transplant.find.match import NoLargeKernelError
 from sw_transplant.find.search import inspect_model
 from sw_transplant.find.summary import summary
 from sw_transplant.io import load, save
+from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.merge import merge
-from sw_transplant.modules import ShiftwiseConv2d
 from sw_transplant.tuning import set_form, tune
 from sw_transplant.verify import verify
 

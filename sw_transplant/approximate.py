@@ -19,10 +19,10 @@ from sw_transplant.config import SWConfig
 from sw_transplant.find.match import Match
 from sw_transplant.forms import DenseKernel, add_kernels, embed
 from sw_transplant.geometry import Extent, enclose
-from sw_transplant.modules import ShiftwiseConv2d
-from sw_transplant.orders import active_channels
+from sw_transplant.layers.orders import active_channels
+from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.sharing import share
-from sw_transplant.shiftwise import SWConv2d
 
 DEFAULT_TILE = 3
 """Side of the tiles where the config names none: that of the paper's models."""

@@ -19,7 +19,7 @@ class SWConfig:
     Args:
         mode: ``"laid_out"``: the exact rewriting of every large kernel as tiles and placements. The function of the
             model is preserved in eval and in train mode. ``"shiftwise"``: the paper's module
-            (:class:`shiftwise.SWConv2d`), one bank for both strips, brought as close to the original kernels as least
+            (:class:`sw_conv2d.SWConv2d`), one bank for both strips, brought as close to the original kernels as least
             squares can; approximate by construction, to be fine-tuned.
         min_kernel: a depthwise convolution is large when its longer side has at least this many taps.
         tile: side n of the square tiles; ``None`` picks the side per layer (:func:`equivalence.choose_tile`) in mode

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sw_transplant.approximate import build_shared
-from sw_transplant.branch import Branch
 from sw_transplant.config import SWConfig
 from sw_transplant.find.match import Inspection, Match, NoLargeKernelError, SourceBranch
 from sw_transplant.find.search import Select, inspect_model
-from sw_transplant.modules import ShiftwiseConv2d
+from sw_transplant.layers.branch import Branch
+from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 
 
 def convert(
@@ -26,7 +26,7 @@ def convert(
     stays what it is: class, forward, hooks, names and state of the other layers. Layers that are Shiftwise already are
     left alone. Create the optimizer after the conversion.
 
-    In mode ``"shiftwise"`` each of these places gets the paper's module instead (:class:`shiftwise.SWConv2d`), as close
+    In mode ``"shiftwise"`` each of these places gets the paper's module instead (:class:`sw_conv2d.SWConv2d`), as close
     to the original kernels as least squares can bring it. That changes the function: :func:`summary` tells which share
     of the kernels' energy is kept; fine-tune the model.
 

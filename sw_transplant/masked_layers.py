@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sw_transplant.branch import Branch
 from sw_transplant.find.match import NoLargeKernelError
-from sw_transplant.masks import MaskedTiles
-from sw_transplant.shiftwise import SWConv2d
+from sw_transplant.layers.branch import Branch
+from sw_transplant.layers.masks import MaskedTiles
+from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.tables import render_table
 
 ELEMENT_MASK = "sparsity_mask"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sw_transplant.forms import DenseKernel
 from sw_transplant.geometry import BranchGeometry
-from sw_transplant.modules import ShiftwiseConv2d
+from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 
 
 def merge(model: nn.Module, *, inplace: bool = False) -> nn.Module:

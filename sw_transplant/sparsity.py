@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sw_transplant.layers.masks import MaskedTiles
 from sw_transplant.masked_layers import MaskedLayer, of_first_rank, sparsity_report, trainable_layers
-from sw_transplant.masks import MaskedTiles
 from sw_transplant.snip import Batch, above_one_threshold, best_units, snip_scores
 
 if TYPE_CHECKING:

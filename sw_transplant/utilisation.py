@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sw_transplant.branch import PlacedTiles
 from sw_transplant.geometry import Size
-from sw_transplant.modules import ShiftwiseConv2d
+from sw_transplant.layers.branch import PlacedTiles
+from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 
 
 class Utilisation(NamedTuple):

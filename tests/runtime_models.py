@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sw_transplant import ShiftwiseConv2d, SWConfig, convert, merge
-from sw_transplant.shiftwise import SWConv2d
+from sw_transplant.layers.sw_conv2d import SWConv2d
 
 FORMS = ("auto", "shift", "assembled", "gemm", "toeplitz")
 CHANNELS = 6

@@ -10,7 +10,7 @@ from sw_transplant import ShiftwiseConv2d, SWConfig, convert, set_form, summary,
 from sw_transplant.dispatch import FEW_IMAGES, MATRIX_LIMIT, Conditions, Job, choose_form, conditions
 from sw_transplant.forms import FORMS, Call
 from sw_transplant.geometry import Extent
-from sw_transplant.shiftwise import SWConv2d
+from sw_transplant.layers.sw_conv2d import SWConv2d
 
 STRIPS = (Extent((51, 5), (25, 2)), Extent((5, 51), (2, 25)))
 SQUARE = (Extent((7, 7), (3, 3)),)

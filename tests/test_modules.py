@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sw_transplant import ShiftwiseConv2d, convert
-from sw_transplant.branch import Branch
 from sw_transplant.geometry import BranchGeometry
+from sw_transplant.layers.branch import Branch
 from sw_transplant.verify import BOUNDS
 
 FORMS = ["shift", "assembled", "toeplitz"]

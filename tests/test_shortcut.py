@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sw_transplant import ShiftwiseConv2d, convert
-from sw_transplant.shiftwise import SWConv2d
-from sw_transplant.shortcut import Shortcut
+from sw_transplant.layers.shortcut import Shortcut
+from sw_transplant.layers.sw_conv2d import SWConv2d
 
 
 class Strips(nn.Module):

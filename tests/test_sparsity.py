@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from sw_transplant import NoLargeKernelError, ShiftwiseConv2d, SWConfig, convert
-from sw_transplant.branch import Branch
 from sw_transplant.forms import Call, prepare_shift
 from sw_transplant.geometry import BranchGeometry
+from sw_transplant.layers.branch import Branch
+from sw_transplant.layers.shared_bank import TilePath
+from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.masked_layers import ELEMENT_MASK, masked_layers
-from sw_transplant.shared_bank import TilePath
-from sw_transplant.shiftwise import SWConv2d
 from sw_transplant.sparsity import FilterSparsity, snip_scores, sparsity_callback, sparsity_report
 
 FORMS = ["shift", "assembled"]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sw_transplant import convert
-from sw_transplant.shiftwise import BRANCHES, SWConv2d
+from sw_transplant.layers.sw_conv2d import BRANCHES, SWConv2d
 from sw_transplant.utilisation import utilisation
 
 

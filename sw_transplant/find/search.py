@@ -23,7 +23,7 @@ from sw_transplant.find.rules import (
     reason_against,
 )
 from sw_transplant.geometry import Size
-from sw_transplant.modules import ShiftwiseConv2d
+from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 
 Select = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 """Which layers to convert: glob patterns of paths (a pattern also selects all below what it names), or a function of

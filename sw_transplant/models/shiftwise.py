@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.models.registry import build, preprocessing
 from sw_transplant.models.staged import StagedNet, drop_path_rates, require_stages
 from sw_transplant.models.unireplknet import UniRepLKNetBlock, overlapping_entrances
-from sw_transplant.shiftwise import SWConv2d
 
 __all__ = ["ShiftWise"]
 
@@ -36,7 +36,7 @@ class ShiftWise(StagedNet):
     """SW, with the parameter names and shapes of its published checkpoints (the paper, Table 8 of the appendix).
 
     The checkpoints do not hold the random orders and the ghost channels: they are drawn again, always alike
-    (:mod:`sw_transplant.orders`). Build the model with the `ghost_ratio` and the `N_rep` that a file was trained with.
+    (:mod:`sw_transplant.layers.orders`). Build the model with the `ghost_ratio` and the `N_rep` that a file was trained with.
 
     Args:
         in_chans: channels of the input image.

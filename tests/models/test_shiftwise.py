@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sw_transplant
+from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.models import ShiftWise, load_checkpoint
-from sw_transplant.shiftwise import SWConv2d
 
 # Millions of parameters and thousand millions of multiplications at 224 x 224 (the paper's "FLOPs").
 PUBLISHED = {"sw_tiny": (31.8, 5.0), "sw_small": (57.3, 9.4)}

@@ -17,14 +17,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from sw_transplant.branch import PlacedTiles, edge_indices
 from sw_transplant.forms import DenseKernel, LiveTiles
 from sw_transplant.geometry import BranchGeometry, Extent, Size
-from sw_transplant.masks import LiveMemo
-from sw_transplant.modules import ShiftwiseConv2d
+from sw_transplant.layers.branch import PlacedTiles, edge_indices
+from sw_transplant.layers.masks import LiveMemo
+from sw_transplant.layers.orders import PUBLISHED_SEED, active_channels, branch_tables, draw_orders
+from sw_transplant.layers.shared_bank import BranchView, Once, TilePath
+from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.ops.tracing import is_transformed
-from sw_transplant.orders import PUBLISHED_SEED, active_channels, branch_tables, draw_orders
-from sw_transplant.shared_bank import BranchView, Once, TilePath
 
 BRANCHES = ("horizontal", "vertical", "identity")
 Gain = Literal["edge", "channel"]

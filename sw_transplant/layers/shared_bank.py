@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sw_transplant.branch import PlacedTiles, batch_norm_affine
 from sw_transplant.forms import LiveTiles, Placed
 from sw_transplant.geometry import BranchGeometry, Size
-from sw_transplant.masks import MaskedTiles
+from sw_transplant.layers.branch import PlacedTiles, batch_norm_affine
+from sw_transplant.layers.masks import MaskedTiles
 
 
 class TilePath(MaskedTiles, nn.Module):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sw_transplant.branch import edge_indices
+from sw_transplant.layers.branch import edge_indices
 
 PUBLISHED_SEED = 123
 """Seed of the published networks, the same in every module."""

@@ -13,14 +13,14 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from sw_transplant.branch import Branch, PlacedTiles
 from sw_transplant.dispatch import Conditions, Decision, Job, check_form, choose_form, conditions
 from sw_transplant.forms import FORMS, Biases, Call, DenseKernel, add_kernels, dense_kernel, join_extents, join_kernels
 from sw_transplant.geometry import BranchGeometry, Extent, Padding, Size, enclose
+from sw_transplant.layers.branch import Branch, PlacedTiles
+from sw_transplant.layers.recompute import Recompute, computed_twice, normalise
+from sw_transplant.layers.shortcut import Shortcut
+from sw_transplant.layers.watch import Watch
 from sw_transplant.ops.depthwise import is_channels_last, layout_of, runs_as_it_is
-from sw_transplant.recompute import Recompute, computed_twice, normalise
-from sw_transplant.shortcut import Shortcut
-from sw_transplant.watch import Watch
 
 
 class ShiftwiseConv2d(nn.Module):

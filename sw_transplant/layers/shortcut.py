@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sw_transplant.forms.assembled import Convolutions
 from sw_transplant.forms.placed import Call
+from sw_transplant.layers.watch import Watch
 from sw_transplant.ops.depthwise import layout_of, runs_as_it_is
-from sw_transplant.watch import Watch
 
 
 class Shortcut:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sw_transplant.equivalence import assembly_index, grid_placements, lay_out, support
 from sw_transplant.forms import LiveTiles, Placed
 from sw_transplant.geometry import BranchGeometry, Extent, Size
-from sw_transplant.masks import MaskedTiles
+from sw_transplant.layers.masks import MaskedTiles
 
 
 class PlacedTiles:
