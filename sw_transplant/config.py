@@ -28,7 +28,7 @@ class SWConfig:
             convolutions, then shift and add. ``"assembled"`` shifts the weights instead of the features: one depthwise
             convolution, no extra memory. ``"toeplitz"`` multiplies the same kernels as banded Toeplitz matrices, on
             tensor cores where a GPU has them. ``"gemm"`` takes a whole small map at once, as one matrix product per
-            channel. ``"auto"`` chooses for each call (:mod:`sw_transplant.dispatch`). All give the same function; it
+            channel. ``"auto"`` chooses for each call (:mod:`sw_transplant.forms.dispatch`). All give the same function; it
             can be changed at any time through ``ShiftwiseConv2d.form`` or :func:`set_form`.
         edges: E, how many orders place the tiles. ``None``: 1 in mode ``"laid_out"``, 4 (the paper's) in mode
             ``"shiftwise"``. More than 1 in mode ``"laid_out"`` adds edges of random order with a gain of 0: the

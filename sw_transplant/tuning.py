@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sw_transplant.dispatch import check_form
 from sw_transplant.find.search import Select, selector
 from sw_transplant.forms import FORMS
+from sw_transplant.forms.dispatch import check_form
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.tables import render_table
 

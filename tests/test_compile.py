@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from sw_transplant import convert, merge
-from sw_transplant.dispatch import FEW_IMAGES
+from sw_transplant.forms.dispatch import FEW_IMAGES
 from sw_transplant.models import SLaK
 from sw_transplant.verify import bound_for
 from tests.runtime_models import CHANNELS, FORMS, LAYERS, error, gradients, images, joined, layer, network

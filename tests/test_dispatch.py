@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sw_transplant import ShiftwiseConv2d, SWConfig, convert, set_form, summary, tune, tuning
-from sw_transplant.dispatch import FEW_IMAGES, MATRIX_LIMIT, Conditions, Job, choose_form, conditions
 from sw_transplant.forms import FORMS, Call
+from sw_transplant.forms.dispatch import FEW_IMAGES, MATRIX_LIMIT, Conditions, Job, choose_form, conditions
 from sw_transplant.geometry import Extent
 from sw_transplant.layers.sw_conv2d import SWConv2d
 
@@ -29,7 +29,7 @@ def given(device="cpu", *, many=False, channels_last=False, autocast=None, coars
 def gpu(monkeypatch):
     """Pretend that CUDA devices have the kernels; a value written to the list is the reason why not."""
     reasons = [""]
-    monkeypatch.setattr("sw_transplant.dispatch.why_no_kernel", lambda device: reasons[0])
+    monkeypatch.setattr("sw_transplant.forms.dispatch.why_no_kernel", lambda device: reasons[0])
     return reasons
 
 

@@ -2,7 +2,7 @@
 
 A form has two steps. ``prepare`` turns the branches into the tensors that the form multiplies with (a plan, which can
 be cached while the parameters stay the same); ``execute`` applies a plan to a feature map. To add a form, write the two
-steps, enter it in ``FORMS`` and teach :mod:`sw_transplant.dispatch` when to take it.
+steps, enter it in ``FORMS`` and teach :mod:`sw_transplant.forms.dispatch` when to take it.
 
     form        prepare                                             execute
     shift       concatenates distinct banks of equal tile, dilation small convolutions, then shift and add (the paper)

@@ -13,8 +13,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from sw_transplant.dispatch import Conditions, Decision, Job, check_form, choose_form, conditions
 from sw_transplant.forms import FORMS, Biases, Call, DenseKernel, add_kernels, dense_kernel, join_extents, join_kernels
+from sw_transplant.forms.dispatch import Conditions, Decision, Job, check_form, choose_form, conditions
 from sw_transplant.geometry import BranchGeometry, Extent, Padding, Size, enclose
 from sw_transplant.layers.branch import Branch, PlacedTiles
 from sw_transplant.layers.recompute import Recompute, computed_twice, normalise
