@@ -6,14 +6,14 @@ print(sw.verify(model, converted))
 """
 
 from sw_transplant.config import SWConfig
-from sw_transplant.convert import convert
 from sw_transplant.find.match import NoLargeKernelError
 from sw_transplant.find.search import inspect_model
 from sw_transplant.find.summary import summary
-from sw_transplant.io import load, save
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
-from sw_transplant.merge import merge
-from sw_transplant.tuning import set_form, tune
+from sw_transplant.surgery.convert import convert
+from sw_transplant.surgery.io import load, save
+from sw_transplant.surgery.merge import merge
+from sw_transplant.surgery.tuning import set_form, tune
 from sw_transplant.verify import verify
 
 __version__ = "0.1.0"

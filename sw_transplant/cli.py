@@ -17,8 +17,8 @@ import torch
 from sw_transplant import __version__
 from sw_transplant.commands import Result, run_convert, run_inspect, run_verify
 from sw_transplant.config import Form, SWConfig
-from sw_transplant.io import CONFIG_NAME, WEIGHTS_NAME
 from sw_transplant.load_model import InputError, one_line
+from sw_transplant.surgery.io import CONFIG_NAME, WEIGHTS_NAME
 
 BAD_INPUT, BUG, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
 """Exit codes beside the command's own. BUG is an exception that nobody expected, also one of the model's own code."""

@@ -14,7 +14,7 @@ Form = Literal["auto", "shift", "assembled", "gemm", "toeplitz"]
 
 @dataclass(frozen=True)
 class SWConfig:
-    """What :func:`sw_transplant.convert` looks for, and what it puts in its place.
+    """What :func:`sw_transplant.surgery.convert` looks for, and what it puts in its place.
 
     Args:
         mode: ``"laid_out"``: the exact rewriting of every large kernel as tiles and placements. The function of the

@@ -10,7 +10,7 @@ from torch import nn
 from sw_transplant import NoLargeKernelError, ShiftwiseConv2d, SWConfig, convert, load, save, summary
 from tests.test_find import Functional, Parallel, Residual, SelfPadding, conv, conv_bn
 
-surgery = sys.modules["sw_transplant.convert"]  # the package's attribute of that name is the function
+surgery = sys.modules["sw_transplant.surgery.convert"]  # the package's attribute of that name is the function
 
 
 def model_of_everything():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sw_transplant import ShiftwiseConv2d, convert, merge
-from sw_transplant.merge import ParallelConv2d, SameConv2d
+from sw_transplant.surgery.merge import ParallelConv2d, SameConv2d
 from tests.test_convert import model_of_everything
 from tests.test_find import Parallel, conv, conv_bn
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sw_transplant.equivalence import assemble, grid_placements, lay_out
-from sw_transplant.sharing import share
+from sw_transplant.surgery.sharing import share
 
 
 def random_orders(channels, tiles, edges, n, seed=0):
@@ -52,7 +52,7 @@ def test_energy_outside_the_reach_of_the_tiles_counts_as_lost():
 
 
 def test_channels_solved_in_groups_give_the_same(monkeypatch):
-    import sw_transplant.sharing as sharing
+    import sw_transplant.surgery.sharing as sharing
 
     placements = random_orders(4, tiles=3, edges=2, n=3)
     target = torch.randn(4, 1, 9, 3)

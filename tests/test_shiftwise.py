@@ -16,7 +16,7 @@ from sw_transplant.geometry import BranchGeometry
 from sw_transplant.layers.branch import Branch
 from sw_transplant.layers.orders import active_channels, draw_orders
 from sw_transplant.layers.sw_conv2d import BRANCHES, SWConv2d
-from sw_transplant.merge import ChannelOrder, ParallelConv2d
+from sw_transplant.surgery.merge import ChannelOrder, ParallelConv2d
 from sw_transplant.verify import BOUNDS
 
 FORMS = ["shift", "assembled"]

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sw_transplant import convert
 from sw_transplant.layers.sw_conv2d import BRANCHES, SWConv2d
+from sw_transplant.surgery import convert
 from sw_transplant.utilisation import utilisation
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from sw_transplant.approximate import shared_parameters
 from sw_transplant.config import SWConfig
 from sw_transplant.equivalence import choose_tile
 from sw_transplant.find.linear import LinearBranch, NotLinearError, linear_branches
@@ -24,6 +23,7 @@ from sw_transplant.find.rules import (
 )
 from sw_transplant.geometry import Size
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.surgery.approximate import shared_parameters
 
 Select = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 """Which layers to convert: glob patterns of paths (a pattern also selects all below what it names), or a function of
@@ -31,7 +31,7 @@ path and module; None selects all."""
 
 
 def inspect_model(model: nn.Module, config: SWConfig | None = None, *, select: Select = None) -> Inspection:
-    """The dry run of :func:`sw_transplant.convert`: what would be converted, and what would not and why.
+    """The dry run of :func:`sw_transplant.surgery.convert`: what would be converted, and what would not and why.
 
     Args:
         model: any module. It is not changed and not run; of a convolution class with a forward of its own, a copy of

@@ -37,7 +37,7 @@ class SWConv2d(ShiftwiseConv2d):
 
     The convolutions are padded by N - 1 on both axes, as published, so that every position where a filter overlaps the
     map has a response. Hence all execution forms give the same function, at the borders too, and
-    :func:`sw_transplant.merge` turns the module into two strips, paths, edges, BatchNorms and ghosts included.
+    :func:`sw_transplant.surgery.merge` turns the module into two strips, paths, edges, BatchNorms and ghosts included.
 
     Args:
         channels: of input and output.

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from sw_transplant.approximate import build_shared
 from sw_transplant.config import SWConfig
 from sw_transplant.find.match import Inspection, Match, NoLargeKernelError, SourceBranch
 from sw_transplant.find.search import Select, inspect_model
 from sw_transplant.layers.branch import Branch
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.surgery.approximate import build_shared
 
 
 def convert(

@@ -2,7 +2,7 @@
 
 A bank of T tiles that both strips share, and that E edges place in random orders, cannot make every kernel. What it
 makes is linear in the bank, so the closest kernel is a least-squares problem per channel
-(:mod:`sw_transplant.sharing`). Of a square kernel it finds the best cross-shaped part. The channels that lose least by
+(:mod:`sw_transplant.surgery.sharing`). Of a square kernel it finds the best cross-shaped part. The channels that lose least by
 bypassing the module become the ghosts.
 """
 
@@ -22,7 +22,7 @@ from sw_transplant.geometry import Extent, enclose
 from sw_transplant.layers.orders import active_channels
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.layers.sw_conv2d import SWConv2d
-from sw_transplant.sharing import share
+from sw_transplant.surgery.sharing import share
 
 DEFAULT_TILE = 3
 """Side of the tiles where the config names none: that of the paper's models."""
