@@ -17,8 +17,8 @@ from sw_transplant.geometry import BranchGeometry
 from sw_transplant.layers.branch import Branch
 from sw_transplant.layers.shared_bank import TilePath
 from sw_transplant.layers.sw_conv2d import SWConv2d
-from sw_transplant.masked_layers import ELEMENT_MASK, masked_layers
 from sw_transplant.sparsity import FilterSparsity, snip_scores, sparsity_callback, sparsity_report
+from sw_transplant.sparsity.masked_layers import ELEMENT_MASK, masked_layers
 
 FORMS = ["shift", "assembled"]
 CLASSES = 4

@@ -12,20 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sw_transplant.layers.masks import MaskedTiles
-from sw_transplant.masked_layers import MaskedLayer, of_first_rank, sparsity_report, trainable_layers
-from sw_transplant.snip import Batch, above_one_threshold, best_units, snip_scores
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
-__all__ = ["FilterSparsity", "snip_scores", "sparsity_callback", "sparsity_report"]
+from sw_transplant.sparsity.masked_layers import MaskedLayer, of_first_rank, trainable_layers
+from sw_transplant.sparsity.snip import Batch, above_one_threshold, best_units, snip_scores
 
 Init = Literal["snip", "snip_random"]
 Growth = Literal["random", "gradient"]
@@ -313,28 +308,6 @@ class FilterSparsity:
             for value in (self._optimizer.state.get(weight, {}) if self._optimizer else {}).values():
                 if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
                     value.masked_fill_(fresh, 0)
-
-
-def sparsity_callback(sparsity: FilterSparsity) -> TrainerCallback:
-    """For Hugging Face's ``Trainer(..., callbacks=[sparsity_callback(sparsity)])``; also where a run is resumed.
-
-    Call ``sparsity.initialise(...)`` before ``trainer.train()``. Without ``total_steps`` the rate falls to zero over
-    the steps of the training.
-    """
-    from transformers import TrainerCallback
-
-    class SparsityCallback(TrainerCallback):
-        """Attaches to the optimizer for as long as the training runs."""
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if sparsity.total_steps is None:
-                sparsity.total_steps = state.max_steps
-            sparsity.attach(kwargs["optimizer"])
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            sparsity.detach()
-
-    return SparsityCallback()
 
 
 def _mask(layer: MaskedLayer) -> Tensor:

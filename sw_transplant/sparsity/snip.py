@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sw_transplant.masked_layers import MaskedLayer
+from sw_transplant.sparsity.masked_layers import MaskedLayer
 
 Batch = Callable[[], Tensor] | tuple[Any, Any, Callable[[Any, Any], Tensor]]
 """A function that returns the loss of one batch, or ``(inputs, labels, loss)`` for ``loss(model(inputs), labels)``."""
@@ -20,7 +20,7 @@ def snip_scores(model: nn.Module, layers: Sequence[MaskedLayer], batch: Batch) -
 
     Args:
         model: runs in the mode it is in. The ``grad`` of its parameters and its BatchNorms' statistics are left alone.
-        layers: of :func:`sw_transplant.masked_layers.masked_layers`; their weights take part as they are.
+        layers: of :func:`sw_transplant.sparsity.masked_layers.masked_layers`; their weights take part as they are.
         batch: :data:`Batch`.
 
     Returns:
