@@ -83,7 +83,7 @@ class SWConfig:
         Raises:
             ValueError: there is no such step.
         """
-        from sw_transplant.presets import preset
+        from sw_transplant.science.presets import preset
 
         return preset(name)
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from sw_transplant import SWConfig
-from sw_transplant.presets import PRESETS
+from sw_transplant.science.presets import PRESETS
 
 
 def test_round_trip_through_json():

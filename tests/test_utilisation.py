@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sw_transplant.layers.sw_conv2d import BRANCHES, SWConv2d
+from sw_transplant.science.utilisation import utilisation
 from sw_transplant.surgery import convert
-from sw_transplant.utilisation import utilisation
 
 
 def reached(module, size):

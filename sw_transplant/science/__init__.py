@@ -1,0 +1,5 @@
+"""What the ShiftwiseConv paper measures and tabulates.
+
+presets        the steps of its evolution table, as configurations
+utilisation    how much of the map a module's kernels can reach
+"""
