@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sw_transplant.verify import BOUNDS, TF32_BOUND
+from sw_transplant.check.verify import BOUNDS, TF32_BOUND
 
 T = TypeVar("T")
 Samples = Mapping[str, Sequence[float]]

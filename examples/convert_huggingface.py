@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import sw_transplant as sw
-from sw_transplant.model_input import ModelInput
+from sw_transplant.check.model_input import ModelInput
 from sw_transplant.tables import render_table
 
 BATCH = 16

@@ -18,9 +18,9 @@ from digits import Digits, digits, load_trained, without_strips
 from torch import Tensor, nn
 
 import sw_transplant as sw
+from sw_transplant.check.verify import VerifyReport
 from sw_transplant.models import SLaK
 from sw_transplant.tables import render_table
-from sw_transplant.verify import VerifyReport
 
 INTRODUCTION = """\
 SLaK looks at images through long strips: depthwise kernels of 51x5 and 5x51 weights. ShiftwiseConv needs only small

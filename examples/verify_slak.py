@@ -27,9 +27,9 @@ from torch import nn
 
 import sw_transplant as sw
 import sw_transplant.models
-from sw_transplant.images import load_images
-from sw_transplant.model_input import ModelInput
-from sw_transplant.verify import VerifyReport
+from sw_transplant.check.images import load_images
+from sw_transplant.check.model_input import ModelInput
+from sw_transplant.check.verify import VerifyReport
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

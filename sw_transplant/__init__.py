@@ -5,6 +5,7 @@ converted = sw.convert(model)              # the same function, large kernels as
 print(sw.verify(model, converted))
 """
 
+from sw_transplant.check.verify import verify
 from sw_transplant.config import SWConfig
 from sw_transplant.find.match import NoLargeKernelError
 from sw_transplant.find.search import inspect_model
@@ -14,7 +15,6 @@ from sw_transplant.surgery.convert import convert
 from sw_transplant.surgery.io import load, save
 from sw_transplant.surgery.merge import merge
 from sw_transplant.surgery.tuning import set_form, tune
-from sw_transplant.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [

@@ -13,8 +13,8 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from sw_transplant import NoLargeKernelError, ShiftwiseConv2d, SWConfig, convert, inspect_model, load, merge, save
+from sw_transplant.check.verify import bound_for
 from sw_transplant.equivalence import lay_out
-from sw_transplant.verify import bound_for
 from tests.acceptance import (
     CASES,
     Case,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from sw_transplant import convert, merge
+from sw_transplant.check.verify import bound_for
 from sw_transplant.forms.dispatch import FEW_IMAGES
 from sw_transplant.models import SLaK
-from sw_transplant.verify import bound_for
 from tests.runtime_models import CHANNELS, FORMS, LAYERS, error, gradients, images, joined, layer, network
 
 BOUND = bound_for(torch.float32)

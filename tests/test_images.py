@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sw_transplant.images import ArrayImages, load_images
-from sw_transplant.model_input import IMAGENET_MEAN, IMAGENET_STD, ModelInput
+from sw_transplant.check.images import ArrayImages, load_images
+from sw_transplant.check.model_input import IMAGENET_MEAN, IMAGENET_STD, ModelInput
 
 RNG = np.random.default_rng(0)
 SMALL = ModelInput(shape=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.4))

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from sw_transplant import ShiftwiseConv2d, convert
+from sw_transplant.check.verify import BOUNDS
 from sw_transplant.geometry import BranchGeometry
 from sw_transplant.layers.branch import Branch
-from sw_transplant.verify import BOUNDS
 
 FORMS = ["shift", "assembled", "toeplitz"]
 EXACT = BOUNDS[torch.float64]

@@ -19,9 +19,9 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from sw_transplant import ShiftwiseConv2d, SWConfig, convert
+from sw_transplant.check.verify import BOUNDS
 from sw_transplant.forms import FORMS as EXECUTION_FORMS
 from sw_transplant.forms.dispatch import FEW_IMAGES
-from sw_transplant.verify import BOUNDS
 from tests.runtime_models import (
     CHANNELS,
     FORMS,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sw_transplant import ShiftwiseConv2d, summary, tune
+from sw_transplant.check.verify import BOUNDS, TF32_BOUND, bound_for
 from sw_transplant.cuda import launch
 from sw_transplant.forms import FORMS as EXECUTION_FORMS
 from sw_transplant.ops import toeplitz as operator
-from sw_transplant.verify import BOUNDS, TF32_BOUND, bound_for
 from tests.runtime_models import CHANNELS, FORMS, LAYERS, error, gradients, images, joined, layer, network, original
 
 pytestmark = [

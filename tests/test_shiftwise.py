@@ -11,13 +11,13 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 from sw_transplant import ShiftwiseConv2d, merge
+from sw_transplant.check.verify import BOUNDS
 from sw_transplant.forms import Call, prepare_shift
 from sw_transplant.geometry import BranchGeometry
 from sw_transplant.layers.branch import Branch
 from sw_transplant.layers.orders import active_channels, draw_orders
 from sw_transplant.layers.sw_conv2d import BRANCHES, SWConv2d
 from sw_transplant.surgery.merge import ChannelOrder, ParallelConv2d
-from sw_transplant.verify import BOUNDS
 
 FORMS = ["shift", "assembled"]
 EXACT = BOUNDS[torch.float64]

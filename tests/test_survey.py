@@ -24,7 +24,7 @@ from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import nn
 
 from sw_transplant import NoLargeKernelError, convert, inspect_model
-from sw_transplant.verify import bound_for
+from sw_transplant.check.verify import bound_for
 from tests.acceptance import largest_error, randomise, shiftwise_layers, with_form
 
 # Small members of families that are not in the table of acceptance.py, or other members of those that are.

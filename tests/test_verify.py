@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from sw_transplant.images import ArrayImages, load_images
-from sw_transplant.model_input import ModelInput
-from sw_transplant.verify import BOUNDS, TF32_BOUND, Count, VerificationError, bound_for, verify
+from sw_transplant.check.images import ArrayImages, load_images
+from sw_transplant.check.model_input import ModelInput
+from sw_transplant.check.verify import BOUNDS, TF32_BOUND, Count, VerificationError, bound_for, verify
 
 Two = namedtuple("Two", "early late")
 

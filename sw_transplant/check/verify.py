@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sw_transplant.comparison import Comparison, Count, OutputError, VerificationError, VerifyReport, describe
-from sw_transplant.model_input import ModelInput
+from sw_transplant.check.comparison import Comparison, Count, OutputError, VerificationError, VerifyReport, describe
+from sw_transplant.check.model_input import ModelInput
 
 __all__ = ["BOUNDS", "TF32_BOUND", "Count", "OutputError", "VerificationError", "VerifyReport", "bound_for", "verify"]
 

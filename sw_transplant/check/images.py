@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from sw_transplant.model_input import ModelInput, normalise
+from sw_transplant.check.model_input import ModelInput, normalise
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -95,7 +95,7 @@ def load_images(
     classes: Sequence[str] | None = None,
     workers: int = 0,
 ) -> DataLoader[tuple[Tensor, int]] | ArrayImages:
-    """Labelled images from disk, in batches that :func:`sw_transplant.verify` and any evaluation loop take.
+    """Labelled images from disk, in batches that :func:`sw_transplant.check.verify` and any evaluation loop take.
 
     Args:
         path: a folder with one folder of image files per class, such as ImageNet's ``val`` (a class's number is its
