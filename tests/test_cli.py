@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import sw_transplant as sw
 from sw_transplant.cli import main
-from sw_transplant.load_model import InputError, load_model
+from sw_transplant.cli.load_model import InputError, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -369,7 +369,7 @@ def test_verify_of_a_hugging_face_folder(run, folder: Path, size: tuple[object, 
 
 
 def test_data_of_a_hugging_face_folder_goes_through_its_processor(folder: Path, monkeypatch) -> None:
-    import sw_transplant.commands as commands
+    import sw_transplant.cli.commands as commands
 
     seen = []
     monkeypatch.setattr(commands, "verify", lambda original, converted, data, **rest: seen.append(data))
@@ -522,7 +522,7 @@ def test_out_of_memory_is_bad_input(run, monkeypatch: pytest.MonkeyPatch) -> Non
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
-    monkeypatch.setattr("sw_transplant.commands.verify", exhausted)
+    monkeypatch.setattr("sw_transplant.cli.commands.verify", exhausted)
     code, _, err = run("verify", "tiny_model:build")
     assert (code, "error: CUDA out of memory. Tried" in err) == (2, True)
 

@@ -15,9 +15,9 @@ from typing import Any, NoReturn, TextIO, get_args
 import torch
 
 from sw_transplant import __version__
-from sw_transplant.commands import Result, run_convert, run_inspect, run_verify
+from sw_transplant.cli.commands import Result, run_convert, run_inspect, run_verify
+from sw_transplant.cli.load_model import InputError, one_line
 from sw_transplant.config import Form, SWConfig
-from sw_transplant.load_model import InputError, one_line
 from sw_transplant.surgery.io import CONFIG_NAME, WEIGHTS_NAME
 
 BAD_INPUT, BUG, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141

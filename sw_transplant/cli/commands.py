@@ -16,12 +16,12 @@ import torch
 from sw_transplant.check.images import load_images
 from sw_transplant.check.model_input import ModelInput
 from sw_transplant.check.verify import verify
+from sw_transplant.cli.load_model import InputError, LoadedModel, load_model, one_line
 from sw_transplant.config import SWConfig
 from sw_transplant.find.match import NoLargeKernelError
 from sw_transplant.find.search import inspect_model
 from sw_transplant.find.summary import summary
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
-from sw_transplant.load_model import InputError, LoadedModel, load_model, one_line
 from sw_transplant.surgery.convert import convert
 from sw_transplant.surgery.io import CONFIG_NAME, WEIGHTS_NAME, load, save
 

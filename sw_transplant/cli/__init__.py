@@ -1,0 +1,12 @@
+"""The command line: sw-transplant inspect | convert | verify.
+
+Read in this order:
+
+    cli           the options of each command, and what the process prints and returns
+    commands      what each command does
+    load_model    a model from what the user names: a timm name, a folder, a function
+"""
+
+from sw_transplant.cli.cli import main
+
+__all__ = ["main"]
