@@ -28,8 +28,8 @@ class SWConfig:
             convolutions, then shift and add. ``"assembled"`` shifts the weights instead of the features: one depthwise
             convolution, no extra memory. ``"toeplitz"`` multiplies the same kernels as banded Toeplitz matrices, on
             tensor cores where a GPU has them. ``"gemm"`` takes a whole small map at once, as one matrix product per
-            channel. ``"auto"`` chooses for each call (:mod:`sw_transplant.forms.dispatch`). All give the same function; it
-            can be changed at any time through ``ShiftwiseConv2d.form`` or :func:`set_form`.
+            channel. ``"auto"`` chooses for each call (:mod:`sw_transplant.forms.dispatch`). All give the same
+            function; it can be changed at any time through ``ShiftwiseConv2d.form`` or :func:`set_form`.
         edges: E, how many orders place the tiles. ``None``: 1 in mode ``"laid_out"``, 4 (the paper's) in mode
             ``"shiftwise"``. More than 1 in mode ``"laid_out"`` adds edges of random order with a gain of 0: the
             function stays the same until training makes them grow.
@@ -78,14 +78,16 @@ class SWConfig:
 
     @classmethod
     def preset(cls, name: str) -> SWConfig:
-        """A step of the paper's evolution table: ``"sw#0"`` to ``"sw#27"``, see :data:`presets.PRESETS`.
+        """A configuration that has a name: a step of the paper's evolution table, ``"sw#0"`` to ``"sw#27"``.
+
+        :data:`sw_transplant.science.presets.PRESETS` says what each is, and what it takes beside the configuration.
 
         Raises:
-            ValueError: there is no such step.
+            ValueError: there is none of this name.
         """
-        from sw_transplant.science.presets import preset
-
-        return preset(name)
+        if name not in _NAMED:
+            raise ValueError(f"SWConfig.preset: got {name!r}, expected one of {', '.join(_NAMED)}")
+        return _NAMED[name]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SWConfig:
@@ -100,6 +102,19 @@ class SWConfig:
         if unknown:
             raise ValueError(f"SWConfig: unknown fields {unknown}; was this written by a newer sw_transplant?")
         return cls(**values)
+
+
+_NAMED: dict[str, SWConfig] = {}
+
+
+def name_config(name: str, config: SWConfig) -> None:
+    """Makes a configuration known to :meth:`SWConfig.preset`; who has a table of configurations enters it here.
+
+    Raises:
+        ValueError: the name is taken by another configuration.
+    """
+    if _NAMED.setdefault(name, config) != config:
+        raise ValueError(f"name_config: {name!r} is taken by {_NAMED[name]}")
 
 
 def _is_count(value: object) -> bool:

@@ -21,9 +21,9 @@ from sw_transplant.find.rules import (
     looks_like_conv,
     reason_against,
 )
+from sw_transplant.find.shared import reason_against_sharing, shared_parameters
 from sw_transplant.geometry import Size
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
-from sw_transplant.surgery.approximate import shared_parameters
 
 Select = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 """Which layers to convert: glob patterns of paths (a pattern also selects all below what it names), or a function of
@@ -253,21 +253,6 @@ class _Search:
             parameters_after=after,
             edges=1 if self.config.mode == "shiftwise" else edges,
         )
-
-
-def reason_against_sharing(match: Match) -> str | None:
-    """Why, in mode ``"shiftwise"``, the paper's module cannot take the place of this layer; None if it can."""
-    if match.in_channels != match.out_channels:
-        return f"mode 'shiftwise' keeps the number of channels; here it is {match.in_channels} -> {match.out_channels}"
-    for branch in match.branches:
-        geometry = branch.geometry
-        centred = geometry.padding != "same" and all(
-            geometry.padding[2 * axis] == geometry.dilation[axis] * (geometry.kernel_size[axis] // 2)
-            for axis in range(2)
-        )
-        if not centred or geometry.growth != (0, 0):
-            return "mode 'shiftwise' keeps the size of the map; here kernel or padding are even, uneven or missing"
-    return None
 
 
 def _stride(convolutions: list[LinearBranch]) -> Size:

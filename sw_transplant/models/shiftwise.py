@@ -36,7 +36,8 @@ class ShiftWise(StagedNet):
     """SW, with the parameter names and shapes of its published checkpoints (the paper, Table 8 of the appendix).
 
     The checkpoints do not hold the random orders and the ghost channels: they are drawn again, always alike
-    (:mod:`sw_transplant.layers.orders`). Build the model with the `ghost_ratio` and the `N_rep` that a file was trained with.
+    (:mod:`sw_transplant.layers.orders`). Build the model with the `ghost_ratio` and the `N_rep` that a file was trained
+    with.
 
     Args:
         in_chans: channels of the input image.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sw_transplant.config import SWConfig
+from sw_transplant.config import SWConfig, name_config
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,5 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def preset(name: str) -> SWConfig:
-    """The configuration of one step, such as ``"sw#11"``.
-
-    Raises:
-        ValueError: there is no such step.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"SWConfig.preset: got {name!r}, expected one of {', '.join(PRESETS)}")
-    return PRESETS[name].config
+for _name, _preset in PRESETS.items():
+    name_config(_name, _preset.config)

@@ -2,8 +2,8 @@
 
 A bank of T tiles that both strips share, and that E edges place in random orders, cannot make every kernel. What it
 makes is linear in the bank, so the closest kernel is a least-squares problem per channel
-(:mod:`sw_transplant.surgery.sharing`). Of a square kernel it finds the best cross-shaped part. The channels that lose least by
-bypassing the module become the ghosts.
+(:mod:`sw_transplant.surgery.sharing`). Of a square kernel it finds the best cross-shaped part. The channels that lose
+least by bypassing the module become the ghosts.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ from torch import Tensor
 
 from sw_transplant.config import SWConfig
 from sw_transplant.find.match import Match
+from sw_transplant.find.shared import active_count, shared_tile
 from sw_transplant.forms import DenseKernel, add_kernels, embed
 from sw_transplant.geometry import Extent, enclose
-from sw_transplant.layers.orders import active_channels
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.sharing import share
-
-DEFAULT_TILE = 3
-"""Side of the tiles where the config names none: that of the paper's models."""
 
 
 @dataclass(frozen=True)
@@ -82,23 +79,13 @@ class SharedSpec:
         return module
 
 
-def shared_parameters(channels: int, length: int, config: SWConfig) -> int:
-    """Number of parameters of the paper's module for strips of this length: the banks and three BatchNorms."""
-    tile = config.tile or DEFAULT_TILE
-    return _active(channels, config) * (config.paths * -(-length // tile) * tile * tile + 6)
-
-
-def _active(channels: int, config: SWConfig) -> int:
-    return len(active_channels(channels, config.ghost, config.seed))
-
-
 @torch.no_grad()
 def build_shared(original: ShiftwiseConv2d, match: Match, config: SWConfig) -> SWConv2d:
     """The paper's module, initialised from the laid-out form of the same layer.
 
     Args:
         original: the layer, laid out (exact); it is not changed.
-        match: what it replaces; passes :func:`search.reason_against_sharing`.
+        match: what it replaces; passes :func:`shared.reason_against_sharing`.
         config: of mode ``"shiftwise"``.
 
     Returns:
@@ -110,7 +97,7 @@ def build_shared(original: ShiftwiseConv2d, match: Match, config: SWConfig) -> S
     """
     kernels, bias = original.kernels()
     target = reduce(add_kernels, kernels)
-    tile = config.tile or DEFAULT_TILE
+    tile = shared_tile(config)
     like = next(original.parameters())
     energy = target.weight.double().cpu().square().sum((1, 2, 3))
     # The module of the paper adds its input. A kernel without a marked centre is met better without that.
@@ -126,7 +113,7 @@ def build_shared(original: ShiftwiseConv2d, match: Match, config: SWConfig) -> S
     bypassed = _minus_identity(target).double().cpu().square().sum((1, 2, 3))  # what a ghost would miss
     missed = (1 - kept) * energy
     cheapest = (bypassed - missed).argsort(stable=True)
-    ghosts = tuple(sorted(cheapest[: match.out_channels - _active(match.out_channels, config)].tolist()))
+    ghosts = tuple(sorted(cheapest[: match.out_channels - active_count(match.out_channels, config)].tolist()))
     active = torch.tensor([c for c in range(match.out_channels) if c not in set(ghosts)])
     lost = missed[active].sum() + bypassed[list(ghosts)].sum()
     total = energy.sum()
