@@ -18,7 +18,7 @@ import sw_transplant as sw
 from sw_transplant.cli import main
 from sw_transplant.cli.load_model import InputError, load_model
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 TINY = """
 from torch import nn

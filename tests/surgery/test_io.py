@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from sw_transplant import ShiftwiseConv2d, SWConfig, convert, load, save
-from tests.test_convert import assert_unchanged, model_of_everything, snapshot
-from tests.test_find import conv
+from tests.find.test_search import conv
+from tests.surgery.test_convert import assert_unchanged, model_of_everything, snapshot
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sw_transplant import NoLargeKernelError, ShiftwiseConv2d, SWConfig, convert, load, save, summary
-from tests.test_find import Functional, Parallel, Residual, SelfPadding, conv, conv_bn
+from tests.find.test_search import Functional, Parallel, Residual, SelfPadding, conv, conv_bn
 
 surgery = sys.modules["sw_transplant.surgery.convert"]  # the package's attribute of that name is the function
 

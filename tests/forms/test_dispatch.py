@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from sw_transplant import ShiftwiseConv2d, SWConfig, convert, set_form, summary, tune, tuning
+from sw_transplant import ShiftwiseConv2d, SWConfig, convert, set_form, summary, tune
 from sw_transplant.forms import FORMS, Call
 from sw_transplant.forms.dispatch import FEW_IMAGES, MATRIX_LIMIT, Conditions, Job, choose_form, conditions
 from sw_transplant.geometry import Extent
 from sw_transplant.layers.sw_conv2d import SWConv2d
+from sw_transplant.surgery import tuning
 
 STRIPS = (Extent((51, 5), (25, 2)), Extent((5, 51), (2, 25)))
 SQUARE = (Extent((7, 7), (3, 3)),)
