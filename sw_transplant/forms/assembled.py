@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -152,3 +152,20 @@ def run(x: Tensor, entry: Convolutions, bias: Tensor | None, call: Call) -> Tens
     for layer in others:
         y += layer(x, None)
     return y.add_(x) if entry.residual else y
+
+
+def shorten(like: Tensor, entry: Convolutions, bias: Tensor | None, call: Call) -> Callable[[Tensor], Tensor] | None:
+    """What :func:`run` does with maps just like this one, decided ahead; None where there is nothing to decide."""
+    if entry.residual or not entry.layers or like.dtype is not call.dtype or like.shape[2:] != call.in_size:
+        return None
+    first, *others = [layer.step(like, bias if i == 0 else None) for i, layer in enumerate(entry.layers)]
+    if not others:
+        return first
+
+    def total(x: Tensor) -> Tensor:
+        y = first(x)
+        for step in others:
+            y += step(x)
+        return y
+
+    return total

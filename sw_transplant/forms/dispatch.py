@@ -102,13 +102,14 @@ def conditions(x: Tensor) -> Conditions:
         not torch.compiler.is_compiling() and x.shape[0] > FEW_IMAGES,
         is_channels_last(x),
         torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None,
-        kind == "cuda" and _matmul_is_coarser(),
+        kind == "cuda" and matmul_is_coarser(),
         is_transformed(),
     )
 
 
 @constant_when_traced
-def _matmul_is_coarser() -> bool:
+def matmul_is_coarser() -> bool:
+    """Whether float32 convolutions are to be exact, while matrix products may use TF32."""
     backends = torch.backends
     return backends.cuda.matmul.fp32_precision == "tf32" != backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
 

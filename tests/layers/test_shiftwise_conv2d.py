@@ -240,10 +240,10 @@ class TestCache:
     @torch.no_grad()
     def test_is_used(self, module):
         module(self.x)
-        first = module._cache
+        first = module._planner._kept
         module(self.x)
         assert first is not None
-        assert module._cache is first
+        assert module._planner._kept is first
 
     CHANGES: ClassVar = {
         "parameter in place": lambda m: m.branches[0].bank.mul_(2),
@@ -286,7 +286,7 @@ class TestCache:
     def test_is_neither_copied_nor_pickled(self, module):
         y = module(self.x)
         for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-            assert twin._cache is None
+            assert twin._planner._kept is None
             assert torch.equal(twin(self.x), y)
 
 

@@ -15,8 +15,8 @@ from sw_transplant.check.verify import BOUNDS
 from sw_transplant.forms import Call, prepare_shift
 from sw_transplant.geometry import BranchGeometry
 from sw_transplant.layers.branch import Branch
-from sw_transplant.layers.orders import active_channels, draw_orders
-from sw_transplant.layers.sw_conv2d import BRANCHES, SWConv2d
+from sw_transplant.layers.orders import BRANCHES, active_channels, draw_orders
+from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.merge import ChannelOrder, ParallelConv2d
 
 FORMS = ["shift", "assembled"]
@@ -266,7 +266,7 @@ def test_edges_at_gain_zero_change_nothing_and_learn(form):
 
 def test_the_shared_bank_is_convolved_once():
     module = build(form="shift")
-    branches = module._branches()
+    branches = module.parts()
     for fold in (False, True):
         parts = [branch.placed((0, 0), fold=fold) for branch in branches]
         (group,) = prepare_shift(

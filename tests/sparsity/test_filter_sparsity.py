@@ -670,7 +670,7 @@ def test_tiles_out_of_use_leave_the_convolution_of_the_shift_form(build: str) ->
 
     def shares() -> list[int]:
         call = Call((9, 9), (9, 9), (1, 1), torch.float32)
-        plan = prepare_shift([branch.placed((0, 0), fold=False) for branch in module._branches()][:1], call)
+        plan = prepare_shift([branch.placed((0, 0), fold=False) for branch in module.parts()][:1], call)
         return [group.tiles for group in plan]
 
     def agrees() -> bool:
