@@ -3,6 +3,7 @@
 Pure tensor mathematics. A kernel of kh x kw taps splits into ceil(kh/n) x ceil(kw/n) square tiles of side n, filled
 with zeros where n does not divide the kernel, placed n apart. Putting the tiles back at their placements gives the
 kernel again. (Paper, section "Method", key design 1: an M x N strip equals ceil(M/N) small filters with offsets.)
+docs/design/equivalence.md has the index formula and an example.
 """
 
 from __future__ import annotations

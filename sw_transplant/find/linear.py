@@ -1,7 +1,7 @@
 """Reads a module's forward with torch.fx: is it a sum of depthwise convolutions (and BatchNorms) of one input?
 
 FX is used for reading only; nothing that it makes becomes part of a model. What is traced is a copy, because a trace
-that fails can leave its Proxies behind in the module (caches, position tables).
+that fails can leave its Proxies behind in the module. How a forward is read: docs/design/finding.md.
 """
 
 from __future__ import annotations

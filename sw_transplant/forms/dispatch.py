@@ -1,15 +1,7 @@
 """Which execution form runs: the one place that decides, and says why.
 
 A form that is asked for runs wherever it can. ``"auto"`` follows a rule that was measured, never taking what was
-slower than the original convolution:
-
-- On a GPU (H200, torch 2.11, batch 128, prototypes of what runs here): up to 14 x 14 a matrix over the whole map
-  ("gemm"), at 14 x 14 8 to 17 times and at 7 x 7 6 to 13 times faster than cuDNN; beyond that Toeplitz products, 2.4
-  to 12 times faster. The one case in which cuDNN won was 16 bits, channels_last, 7 x 7. Smaller batches were not
-  measured.
-- On a CPU (2 cores with AVX-512, torch 2.15): the original kind of convolution, in the memory format that is fast
-  (:mod:`sw_transplant.ops.depthwise`); for several kernels on up to 7 x 7 "gemm", with the matrix that eval keeps;
-  in training "toeplitz", whose weight gradient is up to 15 times faster than PyTorch's.
+slower than the original convolution: the rule as a chart, and what it was measured on, are in docs/design/forms.md.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def _tile_count(branch: Placed) -> int:
 def _response_offsets(branch: Placed, first: int) -> Tensor:
     """Placements of the kernel -> rows (tile, y, x): output (h, w) reads response (stride * h + y, stride * w + x).
 
-    The responses exist wherever a tile touches the map (full padding, dilation * (n - 1)); DESIGN's index formula.
+    The responses exist wherever a tile touches the map (full padding, dilation * (n - 1)): docs/design/equivalence.md.
     """
     n = branch.bank.shape[2]
     (dh, dw), (top, left) = branch.extent.dilation, branch.extent.origin

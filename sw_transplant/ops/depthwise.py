@@ -1,14 +1,7 @@
 """Depthwise convolution by PyTorch, in the memory layout in which it is fast, and its weight gradient.
 
-On a CPU, PyTorch leaves depthwise convolutions to oneDNN, whose kernels reach 100 to 500 GFLOP/s on two cores; some
-cases have no kernel and run 10 to 30 times slower. Measured with torch 2.15 (oneDNN 3.13) on an AVX-512 machine,
-float32, maps 56 to 7, batch 1 and 8:
-
-- forward, contiguous: kernels wider than 14 taps (5 x 51: 137 ms, 31 x 31: 252 ms; 51 x 5: 13 ms). The same in
-  channels_last with both copies: 10 and 9 ms. bfloat16 is alike.
-- weight gradient, contiguous: every kernel on maps of 28 and more (51 x 5: 260 ms, 7 x 7: 96 ms). In channels_last:
-  square kernels up to 14 taps on maps twice their size are fast (7 x 7: 11 ms), others are not. As matrix products of
-  whole lines (:func:`lines_weight_grad`): 51 x 5 and 5 x 51: 18 ms, 31 x 31: 63 ms instead of 419.
+On a CPU, some depthwise convolutions of PyTorch run 10 to 30 times slower than others, for want of a oneDNN kernel:
+contiguous maps with kernels wider than 14 taps, and most weight gradients. docs/design/forms.md has the measurements.
 """
 
 from __future__ import annotations
