@@ -9,6 +9,13 @@ what each costs, CONTRIBUTING.md how to add one.
     assembled   puts the tiles at their placements: large kernels   depthwise convolution with these kernels
     toeplitz    the same                                            banded Toeplitz products, in one pass
     gemm        one kernel, as a matrix over the whole map          one matrix product per channel
+
+Read in this order:
+
+    placed                         what a form is given: placed tiles, and the call
+    shift                          the paper's form
+    assembled, toeplitz, gemm      those that run large kernels
+    dispatch                       which form runs, and why
 """
 
 from __future__ import annotations

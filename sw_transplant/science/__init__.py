@@ -1,5 +1,7 @@
 """What the ShiftwiseConv paper measures and tabulates.
 
-presets        the steps of its evolution table, as configurations
-utilisation    how much of the map a module's kernels can reach
+Read in this order:
+
+    presets        the steps of its evolution table, as configurations
+    utilisation    how much of the map a module's kernels can reach
 """
