@@ -15,7 +15,7 @@ from torch import Tensor
 from sw_transplant.forms import FORMS, Call
 from sw_transplant.geometry import Extent
 from sw_transplant.ops.depthwise import is_channels_last
-from sw_transplant.ops.toeplitz import why_no_kernel
+from sw_transplant.ops.toeplitz_selftest import why_no_kernel
 from sw_transplant.ops.tracing import constant_when_traced, is_transformed
 
 MATRIX_LIMIT = 128 * 2**20

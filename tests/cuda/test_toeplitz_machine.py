@@ -5,14 +5,18 @@ import torch
 
 pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
 
+from sw_transplant.cuda import toeplitz as kernels
 from sw_transplant.cuda.intrinsics import SIMULATOR
+from sw_transplant.cuda.toeplitz import launcher
 from sw_transplant.cuda.toeplitz.kernel import toeplitz_source
 from sw_transplant.cuda.toeplitz.launcher import divide
+from sw_transplant.cuda.toeplitz.settings import choose_plan
 from sw_transplant.cuda.toeplitz.staging import DTYPES
 from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference
+from sw_transplant.ops.toeplitz_selftest import self_test
 from tests.cuda.assembler import compile_to_ptx
 from tests.cuda.ptx_machine import Machine, Program, bits_of
-from tests.cuda.toeplitz_cases import Layer, Tiles, strips
+from tests.cuda.toeplitz_cases import SHARED_LIMITS, Layer, Tiles, strips
 
 pytestmark = pytest.mark.skipif(SIMULATOR, reason="the simulator compiles nothing")
 BOUNDS = {"tf32": 5e-4, "tf32x3": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
@@ -57,3 +61,26 @@ def test_compiled_kernel(layer: Layer, batch: int, tiles, math: str) -> None:
     expected = toeplitz_conv_reference(x.double(), [w.double() for w in weights], origins, bias.double(), True)
     error = float((out.double() - expected).norm() / expected.norm())
     assert error <= BOUNDS[math], error
+
+
+def test_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device is asked before the kernel is used: the kernel as compiled, with the plan that a GPU would get."""
+    launches = []
+
+    def launch(factory, key, grid, threads, arguments, shared_bytes):
+        launches.append(key)
+        arguments[7].fill_(float("nan"))
+        machine = Machine(Program(compile_to_ptx(factory(*key))), shared_bytes)
+        machine.launch(
+            grid, threads, [machine.address(bits_of(a)) if isinstance(a, torch.Tensor) else a for a in arguments]
+        )
+
+    def plan_for(x, sizes, origins):
+        return choose_plan("tf32", x.shape[2:], tuple(sizes), tuple(origins), *SHARED_LIMITS[9, 0])
+
+    monkeypatch.setattr(launcher, "launch", launch)
+    monkeypatch.setattr(kernels, "plan_for", plan_for)
+    self_test.cache_clear()
+    assert self_test(torch.device("cpu")) == ""
+    self_test.cache_clear()
+    assert len(launches) == 1
