@@ -15,3 +15,9 @@ Read in this order:
     ghosts              the channels that bypass it
     sw_conv2d           SWConv2d: the paper's module
 """
+
+from sw_transplant.layers.branch import Branch
+from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.layers.sw_conv2d import SWConv2d
+
+__all__ = ["Branch", "SWConv2d", "ShiftwiseConv2d"]
