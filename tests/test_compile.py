@@ -99,14 +99,13 @@ def test_one_graph_in_generated_code_in_every_form(form: str, train: bool) -> No
     check_batches(network(form).train(train), "inductor", *map(images, BATCHES))
 
 
-@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["eval", "train"])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_a_whole_model(train: bool) -> None:
     torch.manual_seed(0)
     model = SLaK(kernel_size=(13, 11, 9, 7, 5), depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), num_classes=5)
     check_batches(convert(model).train(train), "aot_eager", *(images(batch, 3, (40, 48)) for batch in (2, 3)))
 
 
-@pytest.mark.slow
 @MODES
 def test_a_model_of_timm(train: bool) -> None:
     timm = pytest.importorskip("timm", reason="needs the timm extra")

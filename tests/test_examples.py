@@ -16,8 +16,6 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 
-pytestmark = pytest.mark.slow
-
 
 def run(script: str, *arguments: object, cwd: Path, returns: int = 0) -> str:
     """What an example prints; it runs in another folder than its own, and without a network."""

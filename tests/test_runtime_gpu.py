@@ -18,10 +18,7 @@ from sw_transplant.forms import FORMS as EXECUTION_FORMS
 from sw_transplant.ops import toeplitz_selftest
 from tests.runtime_models import CHANNELS, FORMS, LAYERS, error, gradients, images, joined, layer, network, original
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 every_form = pytest.mark.parametrize("form", FORMS)
 every_layer = pytest.mark.parametrize("name", LAYERS)
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -43,7 +43,6 @@ def compile_kernel(source: KernelSource, capability: tuple[int, int], ptxas: str
     return ptx, done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", ["forward", "backward", "backward, strides 2 and 3"])

@@ -16,7 +16,6 @@ from tests.cuda.simulate_shift_add import RUNS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
 def test_bodies_in_the_simulator() -> None:
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests/cuda/simulate_shift_add.py")]

@@ -15,9 +15,6 @@ def test_bodies_in_the_simulator(simulate) -> None:
     assert simulate("simulate_toeplitz.py").count("relative error") > 30
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
 def inputs(name: str, dtype: torch.dtype, device: str = "cuda"):
     """x, weights, origins, bias."""
     shape, sizes = SHAPES[name]
@@ -35,7 +32,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class TestOnAGPU:
-    pytestmark = gpu
+    pytestmark = pytest.mark.gpu
 
     @pytest.mark.parametrize("extras", [True, False])
     @pytest.mark.parametrize(("mode", "dtype"), NUMBERS, ids=str)

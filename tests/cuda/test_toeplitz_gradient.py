@@ -28,7 +28,6 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, l
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnAGPU:
     @pytest.mark.parametrize(("mode", "dtype"), NUMBERS, ids=str)
     @pytest.mark.parametrize("name", SHAPES)
