@@ -26,6 +26,7 @@ from tests.acceptance import (
     tensors_of,
     with_form,
 )
+from tests.snapshots import assert_unchanged, snapshot
 
 GRADIENT_FACTOR = 10  # gradients hold to ten times the bound of the outputs
 
@@ -50,22 +51,6 @@ def make_pair(one: Case, min_kernel: int) -> Pair:
     before = snapshot(original)
     converted = convert(original, SWConfig(min_kernel=min_kernel))
     return Pair(one, min_kernel, original, converted, before)
-
-
-def snapshot(model: nn.Module) -> object:
-    """What must not change when a model is only read: module tree, classes, modes, and every number."""
-    modules = [(path, id(module), type(module), module.training) for path, module in model.named_modules()]
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return modules, {name: (id(tensor), tensor.requires_grad, tensor.clone()) for name, tensor in tensors.items()}
-
-
-def assert_unchanged(model: nn.Module, before: object) -> None:
-    (modules, tensors), (old_modules, old_tensors) = snapshot(model), before
-    assert modules == old_modules
-    assert tensors.keys() == old_tensors.keys()
-    for name, (identity, requires_grad, values) in tensors.items():
-        assert (identity, requires_grad) == old_tensors[name][:2], name
-        assert torch.equal(values, old_tensors[name][2]), name
 
 
 def counterparts(original: nn.Module, converted: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
