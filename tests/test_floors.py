@@ -12,7 +12,20 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sw_transplant"
 
 # From the ground up; a room need not exist. The public names stand above the rooms that they come from, and below the
 # command line, which uses them.
-FLOORS = ["tables", "geometry", "equivalence", "config", "cuda", "ops", "forms", "layers", "find", "models", "surgery"]
+FLOORS = [
+    "interrupts",
+    "tables",
+    "geometry",
+    "equivalence",
+    "config",
+    "cuda",
+    "ops",
+    "forms",
+    "layers",
+    "find",
+    "models",
+    "surgery",
+]
 FLOORS += ["sparsity", "science", "hf", "check", "__init__", "cli", "__main__"]
 
 
@@ -141,3 +154,12 @@ def test_what_breaks_a_rule_is_told(tmp_path: Path, name: str, text: str, rule, 
 def test_a_room_without_a_floor_is_told() -> None:
     with pytest.raises(AssertionError, match=r"house\.attic\.roof is on no floor: enter 'attic' in FLOORS of tests/te"):
         floor("house.attic.roof")
+
+
+def test_the_floors_are_those_that_contributing_tells() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (listed,) = (block for block in re.findall(r"```text\n(.*?)```", text, re.DOTALL) if block.startswith("tables "))
+    told = [name for line in listed.splitlines() for name in re.split(r"  +", line)[0].split()]
+    rooms = [name for name in FLOORS if (PACKAGE / name).is_dir()]
+    assert sorted(told[:5]) == sorted(FLOORS[:5])
+    assert told[5:] == rooms

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from sw_transplant.config import CONFIG_VERSION
+from sw_transplant.find.candidate import build, find_site
 from sw_transplant.find.match import Match, join_path
 from sw_transplant.layers.masks import MaskedTiles
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.approximate import SharedSpec
-from sw_transplant.surgery.convert import build, find_site, put
+from sw_transplant.surgery.convert import put
 
 CONFIG_NAME = "sw_config.json"
 WEIGHTS_NAME = "model.safetensors"
