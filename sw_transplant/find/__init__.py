@@ -7,6 +7,8 @@ Reading proposes, a proof disposes. Read in this order:
     match        the results as data: matches, skipped layers and their table
     candidate    the module that may take the place of a site
     traces       what a run leaves behind: random numbers drawn, attributes and tensors written to
+    trial        one call of a module, and everything that comes of it
+    specimen     private copies of a site, to be run
     proof        original and candidate side by side: what one does and the other does not
     shared       what mode "shiftwise" asks of a layer
     search       from a model to matches; `inspect_model`

@@ -302,7 +302,8 @@ def test_a_probed_layer_keeps_its_state_and_the_random_stream():
 def test_layers_on_the_meta_device_are_found():
     with torch.device("meta"):
         model = nn.Sequential(conv(), Residual(Parallel(conv_bn(size=13), conv_bn(size=5))))
-    assert list(found(model)) == ["0", "1.inner"]
+    assert list(found(model)) == ["0", "1.inner.parts.0.0"]
+    assert "meta device" in reasons(model)["1.inner"]
 
 
 # ---- select ----
