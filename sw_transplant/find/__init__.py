@@ -2,6 +2,7 @@
 
 Reading proposes, a proof disposes. Read in this order:
 
+    code         what the code behind a forward mentions, without running it
     rules        whether one layer can be replaced, as far as it can be told from the layer alone
     linear       reads a module's forward: is it a sum of depthwise convolutions of one input?
     match        the results as data: matches, skipped layers and their table
@@ -10,6 +11,8 @@ Reading proposes, a proof disposes. Read in this order:
     trial        one call of a module, and everything that comes of it
     specimen     private copies of a site, to be run
     proof        original and candidate side by side: what one does and the other does not
+    select       which layers are meant
+    describe     from what reading found to a match
     shared       what mode "shiftwise" asks of a layer
     search       from a model to matches; `inspect_model`
     summary      what a converted model consists of, and how each layer ran

@@ -8,8 +8,6 @@ parametrization. What a class with a forward of its own must be, if it is a conv
 from __future__ import annotations
 
 import copy
-import inspect
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
+from sw_transplant.find.code import switches
 from sw_transplant.find.traces import told, undisturbed
 from sw_transplant.geometry import BranchGeometry, Padding, Size
 
@@ -76,9 +75,6 @@ _CALLED_BY_OTHERS = (
     "_load_from_state_dict",
 )
 """What PyTorch and training code call on modules: a class that overrides one does something that would be lost."""
-_SWITCHES = frozenset(
-    {"no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "autocast", "checkpoint", "checkpoint_sequential"}
-)
 
 
 def interference(module: nn.Module) -> str | None:
@@ -104,33 +100,6 @@ def overridden(module: nn.Module) -> str | None:
     if any(getattr(module, name, None) for name in _STATE_HOOKS):
         return "it has state_dict hooks, which would be lost; remove them before converting"
     return None
-
-
-def switches(module: nn.Module) -> str | None:
-    """What a module's forward, or a method that it calls, does to gradients, autocast or memory; None for nothing.
-
-    Only the names in its code are looked at: nothing is run.
-    """
-    kind = type(module)
-    if kind.__module__.partition(".")[0] == "torch":
-        return None
-    waiting, seen = ["forward"], set()
-    while waiting:
-        name = waiting.pop()
-        method = inspect.unwrap(getattr(kind, name)) if callable(getattr(kind, name, None)) else None
-        if name in seen or not isinstance(method, FunctionType):
-            continue
-        seen.add(name)
-        names = _names_in(method.__code__)
-        if found := sorted(names & _SWITCHES):
-            return f"{kind.__name__}.{name} uses {found[0]}, which would be lost"
-        waiting += names
-    return None
-
-
-def _names_in(code: CodeType) -> set[str]:
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return set(code.co_names).union(*map(_names_in, inner))
 
 
 def reason_against(module: nn.Module) -> str | None:

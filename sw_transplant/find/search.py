@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from sw_transplant.config import SWConfig
-from sw_transplant.equivalence import choose_tile
+from sw_transplant.find.code import reached, switches
+from sw_transplant.find.describe import channels_of, describe, stride_of
 from sw_transplant.find.linear import LinearBranch, NotLinearError, linear_branches
-from sw_transplant.find.match import Inspection, Match, Skipped, SourceBranch, join_path
+from sw_transplant.find.match import Inspection, Match, Skipped, join_path
 from sw_transplant.find.proof import difference
 from sw_transplant.find.rules import (
     conv_geometry,
@@ -26,16 +26,12 @@ from sw_transplant.find.rules import (
     looks_like_conv,
     overridden,
     reason_against,
-    switches,
 )
-from sw_transplant.find.shared import reason_against_sharing, shared_parameters
+from sw_transplant.find.select import Select, selector
+from sw_transplant.find.shared import reason_against_sharing
 from sw_transplant.find.traces import attributes_of
 from sw_transplant.geometry import Size
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
-
-Select = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
-"""Which layers to convert: glob patterns of paths (a pattern also selects all below what it names), or a function of
-path and module; None selects all."""
 
 
 def inspect_model(model: nn.Module, config: SWConfig | None = None, *, select: Select = None) -> Inspection:
@@ -97,7 +93,7 @@ class _Search:
                 self._consider_conv(module)
             elif not isinstance(module, ParametrizationList):  # reported with the layer that it belongs to
                 self._consider_functional(module)
-        matches = [self._match(site, branches) for site, branches in self.sites.items()]
+        matches = [self._described(site, branches) for site, branches in self.sites.items()]
         skipped = [entry for module, entry in self.left if module not in self.claimed]
         if self.config.mode == "shiftwise":
             reasons = {match: reason_against_sharing(match) for match in matches}
@@ -115,7 +111,7 @@ class _Search:
         if not self._is_large(conv):
             if is_depthwise(conv) and max(kernel) > 1:
                 self._leave(conv, kernel, f"kernel smaller than min_kernel = {self.config.min_kernel}")
-        elif reason := reason_against(conv) or self._shared_parameters(conv):
+        elif reason := reason_against(conv) or self._shared_parameters(conv) or reached(conv, self._holders(conv)):
             self._leave(conv, kernel, reason)
         elif not self.selected(self.modules[conv], conv):
             self._leave(conv, kernel, "left out by select")
@@ -202,8 +198,22 @@ class _Search:
         """
         key = _likeness(site, branches)
         if key not in self.proofs:
-            self.proofs[key] = difference(site, replace(self._match(site, branches), edges=1))
+            self.proofs[key] = difference(site, replace(self._described(site, branches), edges=1))
         return self.proofs[key]
+
+    def _described(self, site: nn.Module, branches: list[LinearBranch]) -> Match:
+        paths = [path for _, path in self.places[site] if path != self.modules[site]]
+        return describe(site, [self.modules[site], *paths], branches, self.config)
+
+    def _holders(self, module: nn.Module) -> list[nn.Module]:
+        """All modules around one, in every place that holds it, nearest first."""
+        found: dict[nn.Module, None] = {}
+        waiting = [module]
+        while waiting:
+            parents = [parent for parent, _ in self.places[waiting.pop(0)] if parent is not None]
+            waiting += [parent for parent in parents if parent not in found]
+            found.update(dict.fromkeys(parents))
+        return list(found)
 
     def _callers(self, module: nn.Module) -> Iterator[nn.Module]:
         """The modules above, nearest first, without containers; ends where a module is held in several places."""
@@ -233,15 +243,15 @@ class _Search:
                 return f"its part {self.modules[inner]} is also used elsewhere"
             if looks_like_conv(inner) and self._is_large(inner) and not self.selected(self.modules[inner], inner):
                 return f"its part {self.modules[inner]} is left out by select"
-        convolutions, norms = (
-            [name for name in names if name] for names in ((b.weight for b in branches), (b.bn for b in branches))
-        )
-        if twice := next((name for names in (convolutions, norms) for name in names if names.count(name) > 1), ""):
+        named = [name for b in branches for name in (b.weight, b.bn) if name is not None]
+        if twice := next((name for name in named if named.count(name) > 1), ""):
             return f"its forward uses {twice} twice"
         vanishing = [inner for inner in inside if not isinstance(inner, _BatchNorm)]
         for inner in vanishing:
             if reason := overridden(inner) or switches(inner):
                 return reason
+        if reason := reached(module, self._holders(module)):
+            return reason
         used = {name for b in branches for name in (b.weight, b.bias) if name is not None}
         used |= {
             f"{b.bn}.{name}" for b in branches if b.bn for name, _ in module.get_submodule(b.bn).named_parameters()
@@ -254,7 +264,7 @@ class _Search:
         sources = [b for b in branches if b.weight is not None]
         if len({(b.stride, b.channels) for b in sources}) != 1:
             return "its convolutions differ in stride or channels"
-        stride, channels = _stride(sources), _channels(sources)
+        stride, channels = stride_of(sources), channels_of(sources)
         if len(sources) < len(branches) and (stride != (1, 1) or channels[0] != channels[1]):
             return "it adds its input to a convolution that changes the size or the channels"
         if stride != (1, 1) and any(b.geometry.padding == "same" for b in branches):
@@ -268,44 +278,6 @@ class _Search:
             if parameter in self.tied:
                 return f"its weights are tied: {' and '.join(self.tied[parameter])} are one parameter"
         return None
-
-    # ---- the result ----
-
-    def _match(self, site: nn.Module, branches: list[LinearBranch]) -> Match:
-        convolutions = [b for b in branches if b.weight is not None]
-        largest = max((b.geometry.kernel_size for b in convolutions), key=lambda size: size[0] * size[1])
-        tile = self.config.tile or choose_tile(largest)
-        sources = tuple(
-            # A tile larger than the kernel would only add taps that stay zero.
-            SourceBranch(b.weight, b.bias, b.bn, b.geometry, self.config.tile or min(tile, max(b.geometry.kernel_size)))
-            if b.weight is not None
-            else SourceBranch(None, None, b.bn, b.geometry, tile)
-            for b in branches
-        )
-        (in_channels, out_channels), before = _channels(convolutions), sum(p.numel() for p in site.parameters())
-        taps_before = sum(b.geometry.kernel_size[0] * b.geometry.kernel_size[1] for b in convolutions)
-        taps_after = sum(
-            -(-b.geometry.kernel_size[0] // b.tile) * -(-b.geometry.kernel_size[1] // b.tile) * b.tile**2
-            for b in sources
-            if b.weight is not None
-        )
-        edges = self.config.edge_count
-        gains = len(convolutions) * edges if edges > 1 else 0
-        after = before + out_channels * (taps_after - taps_before) + gains
-        if self.config.mode == "shiftwise":
-            after = shared_parameters(out_channels, max(largest), self.config)
-        return Match(
-            path=self.modules[site],
-            aliases=tuple(path for _, path in self.places[site] if path != self.modules[site]),
-            type_name=type(site).__name__,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            stride=_stride(convolutions),
-            branches=sources,
-            parameters_before=before,
-            parameters_after=after,
-            edges=1 if self.config.mode == "shiftwise" else edges,
-        )
 
 
 def _likeness(site: nn.Module, branches: list[LinearBranch]) -> Any:
@@ -321,16 +293,6 @@ def _likeness(site: nn.Module, branches: list[LinearBranch]) -> Any:
     return parts, shapes, buffers, tuple(branches), tuple(sorted(attributes_of(site).items()))
 
 
-def _stride(convolutions: list[LinearBranch]) -> Size:
-    stride = convolutions[0].stride
-    return (1, 1) if stride is None else stride
-
-
-def _channels(convolutions: list[LinearBranch]) -> tuple[int, int]:
-    channels = convolutions[0].channels
-    return (0, 0) if channels is None else channels
-
-
 def _large_depthwise_parameter(parameters: Iterator[nn.Parameter], min_kernel: int) -> Size | None:
     """Kernel size of the first parameter of shape (C > 1, 1, kh, kw) with a large kernel."""
     for parameter in parameters:
@@ -340,21 +302,3 @@ def _large_depthwise_parameter(parameters: Iterator[nn.Parameter], min_kernel: i
         if channels > 1 and one == 1 and max(kh, kw) >= min_kernel:
             return kh, kw
     return None
-
-
-def selector(paths: list[str], select: Select) -> Callable[[str, nn.Module], bool]:
-    if select is None:
-        return lambda path, module: True
-    if callable(select):
-        return lambda path, module: bool(select(path, module))
-    patterns = [select] if isinstance(select, str) else list(select)
-
-    def matches(path: str, pattern: str) -> bool:
-        return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
-
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise ValueError(f"select: got an entry {pattern!r}, expected glob patterns of layer paths or one function")
-        if not any(matches(path, pattern) for path in paths):
-            raise ValueError(f"select: pattern {pattern!r} names no layer of the model; see model.named_modules()")
-    return lambda path, module: any(matches(path, pattern) for pattern in patterns)

@@ -10,7 +10,8 @@ from torch import nn
 from sw_transplant.config import SWConfig
 from sw_transplant.find.candidate import build, find_site
 from sw_transplant.find.match import Inspection, Match, NoLargeKernelError
-from sw_transplant.find.search import Select, inspect_model
+from sw_transplant.find.search import inspect_model
+from sw_transplant.find.select import Select
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.approximate import build_shared
 
