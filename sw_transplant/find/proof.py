@@ -83,13 +83,13 @@ def _tried(original: nn.Module, match: Match, cases: Sequence[Case], bound: floa
                 module.train(case.mode)
         x = _map(case, original, match, number)
         expected, got = Run(original, x, case), Run(candidate, x, case)
+        if expected.beside:
+            return f"{case.what}, {expected.beside}"
         if expected.error is not None and number == 0:
             raise _NotRunError(expected.failure)
         if type(expected.error) is not type(got.error):
             failing = f"it fails: {expected.failure}" if expected.error else f"its replacement fails: {got.failure}"
             return f"{case.what}, {failing}"
-        if expected.beside:
-            return f"{case.what}, {expected.beside}"
         if expected.error is not None:
             continue
         if found := _unlike(expected, got, match, case, bound) or _unlike_state(original, candidate, match, bound):
