@@ -19,6 +19,10 @@ from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 _SWITCHES = frozenset(
     {"no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "autocast", "checkpoint", "checkpoint_sequential"}
 )
+_KINDS = frozenset({"Conv2d", "_ConvNd"})
+_TENSORS = frozenset({"weight", "bias", "parameters", "named_parameters", "state_dict"})
+_TOUCHES = frozenset({"data", "init", "out", "grad", "requires_grad", "is_leaf", "_version", "data_ptr", "set_"})
+"""Beside names that end in an underscore: what reads or writes more of a parameter than its values."""
 _INDEXING = frozenset({"BINARY_SUBSCR", "BINARY_OP", "GET_ITER", "GET_LEN"})
 
 
@@ -41,6 +45,12 @@ def reached(site: nn.Module, holders: Sequence[nn.Module]) -> str | None:
     lost = _lost_names(site)
     for holder in holders:
         names, operations = _mentioned(holder)
+        if "isinstance" in names and names & _KINDS:
+            return f"the forward of {type(holder).__name__} asks what is an instance of {min(names & _KINDS)}"
+        touched = names & _TENSORS
+        writing = sorted(name for name in names if name in _TOUCHES or (name.endswith("_") and name[0] != "_"))
+        if touched and writing:
+            return f"the forward of {type(holder).__name__} uses {min(touched)} and {writing[0]}: it may write to them"
         asked = sorted(name for name in names & lost if not hasattr(holder, name))  # else it may mean its own
         if asked:
             return f"the forward of {type(holder).__name__} asks for {asked[0]}, which only this layer has"
