@@ -33,6 +33,9 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.
 LARGE = 1e6
 """What maps are multiplied with to see whether large values are treated differently."""
 
+WIDE = (24, 40)
+"""Size of a map that is larger than the others, times the stride."""
+
 
 def difference(site: nn.Module, match: Match) -> str | None:
     """What the site does differently from the module that would be built for it, in words; None for nothing.
@@ -100,14 +103,16 @@ def _tried(original: nn.Module, match: Match, cases: Sequence[Case], bound: floa
 def _cases(match: Match, folds: bool) -> list[Case]:
     """In this order: what can be seen at a glance first. Only the first map is large enough to meet every tap."""
     whole, small, other = _sizes(match.geometries, match.stride)
+    wide = (max(WIDE[0] * match.stride[0], small[0]), max(WIDE[1] * match.stride[1], small[1]))
     cases = [
         Case("in the mode it is in", None, whole),
         Case("in eval mode", False, small),
         Case("in eval mode, a second time", False, small, of_input=False),
         Case("in train mode", True, small),
         Case("in train mode, a second time", True, other),
-        Case("in train mode, without gradients", True, small, grads=False, of_input=False),
+        Case("in train mode on one map, without gradients", True, small, images=1, grads=False, of_input=False),
         Case("in eval mode on another map", False, other, images=1),
+        Case("in eval mode on a wide map", False, wide, images=3, grads=False, of_input=False),
         Case("on large values", False, small, factor=LARGE),
         Case("on negative large values", False, small, factor=-LARGE, grads=False),
         Case("on zeros", False, small, factor=0.0),
