@@ -26,7 +26,6 @@ EIGHT_WARPS = FOUR_WARPS | {"parts": 2}
 QUICK = [
     (Layer((13, 11), strips(9, 3, (3, 3))), 3, {}, "tf32"),
     (Layer((20, 19), STRIPS), 1, HALO, "tf32x3"),
-    (Layer((20, 19), STRIPS), 1, HALO, "float16"),
     (Layer((17, 10), strips(5, 2)), 3, EIGHT_WARPS, "tf32"),
     (Layer((9, 10), strips(5, 2)), 3, FOUR_WARPS, "bfloat16"),
 ]

@@ -17,9 +17,7 @@ pytestmark = [
 ]
 QUICK = [
     (LAYERS[0], "tf32", (9, 0)),
-    (LAYERS[0], "float16", (9, 0)),
     (LAYERS[0], "tf32x3", (8, 6)),
-    (LAYERS[1], "tf32", (8, 0)),
     (LAYERS[11], "bfloat16", (9, 0)),
     (LAYERS[13], "tf32", (8, 0)),
 ]
