@@ -26,13 +26,13 @@ EIGHT_WARPS = FOUR_WARPS | {"parts": 2}
 QUICK = [
     (Layer((13, 11), strips(9, 3, (3, 3))), 3, {}, "tf32"),
     (Layer((20, 19), STRIPS), 1, HALO, "tf32x3"),
-    (Layer((17, 10), strips(5, 2)), 3, EIGHT_WARPS, "tf32"),
-    (Layer((9, 10), strips(5, 2)), 3, FOUR_WARPS, "bfloat16"),
+    (Layer((17, 17), strips(5, 2)), 3, EIGHT_WARPS, "bfloat16"),
 ]
 SLOW = [
     (Layer((13, 11), strips(9, 3, (3, 3))), 3, {}),
     (Layer((20, 19), STRIPS), 1, HALO),
     (Layer((17, 18), STRIPS), 3, EIGHT_WARPS),
+    (Layer((9, 10), strips(5, 2)), 3, FOUR_WARPS),
     (Layer((6, 7), strips(15, 3)), 5, {}),
     (Layer((9, 10), ((7, 7),)), 2, {}),
     (Layer((33, 9), strips(21, 2)), 2, {}),
