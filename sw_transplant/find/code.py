@@ -23,6 +23,8 @@ _KINDS = frozenset({"Conv2d", "_ConvNd"})
 _TENSORS = frozenset({"weight", "bias", "parameters", "named_parameters", "state_dict"})
 _TOUCHES = frozenset({"data", "init", "out", "grad", "requires_grad", "is_leaf", "_version", "data_ptr", "set_"})
 """Beside names that end in an underscore: what reads or writes more of a parameter than its values."""
+_ENTRIES = ("forward", "train", "eval", "__call__")
+"""What others call without asking; the rest runs when it is mentioned."""
 _INDEXING = frozenset({"BINARY_SUBSCR", "BINARY_OP", "GET_ITER", "GET_LEN"})
 
 
@@ -45,8 +47,8 @@ def reached(site: nn.Module, holders: Sequence[nn.Module]) -> str | None:
     lost = _lost_names(site)
     for holder in holders:
         names, operations = _mentioned(holder)
-        if "isinstance" in names and names & _KINDS:
-            return f"the forward of {type(holder).__name__} asks what is an instance of {min(names & _KINDS)}"
+        if names & _KINDS:
+            return f"the forward of {type(holder).__name__} mentions {min(names & _KINDS)}, which a replacement is not"
         touched = names & _TENSORS
         writing = sorted(name for name in names if name in _TOUCHES or (name.endswith("_") and name[0] != "_"))
         if touched and writing:
@@ -80,21 +82,21 @@ _OFFERED = frozenset(dir(ShiftwiseConv2d)) | {"in_channels", "out_channels", "gr
 
 def _mentioned(module: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
     """Names, strings and operations in all code that the module's forward may run: methods, functions beside them."""
-    own = module.__dict__.get("forward")
-    if own is not None:
+    own = [module.__dict__[name] for name in _ENTRIES if name in module.__dict__]
+    if own:
         return _names_of(type(module), own)
     return _names_of_class(type(module))  # type: ignore[arg-type]
 
 
 @functools.cache
 def _names_of_class(kind: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
-    return _names_of(kind, kind.forward)
+    return _names_of(kind, [])
 
 
-def _names_of(kind: type[nn.Module], forward: Any) -> tuple[frozenset[str], frozenset[str]]:
+def _names_of(kind: type[nn.Module], more: Sequence[Any]) -> tuple[frozenset[str], frozenset[str]]:
     names: set[str] = set()
     operations: set[str] = set()
-    waiting, seen = [forward], set()
+    waiting, seen = [*more, *(getattr(kind, name) for name in _ENTRIES)], set()
     while waiting:
         function = _plain(waiting.pop())
         if function is None or function.__code__ in seen or function.__module__.partition(".")[0] == "torch":
@@ -109,6 +111,16 @@ def _names_of(kind: type[nn.Module], forward: Any) -> tuple[frozenset[str], froz
         waiting += [found for name in used for each in kind.__mro__ if (found := vars(each).get(name)) is not None]
         waiting += [function.__globals__[name] for name in used & function.__globals__.keys()]
     return frozenset(names), frozenset(operations)
+
+
+def whole_numbers(module: nn.Module) -> set[int]:
+    """Whole numbers in a module's own attributes and in the code of its forward: sizes that it may treat apart."""
+    numbers = {value for value in vars(module).values() if type(value) is int}
+    function = _plain(type(module).forward)
+    if function is not None and function.__module__.partition(".")[0] != "torch":
+        for code in _nested(function.__code__):
+            numbers.update(constant for constant in code.co_consts if type(constant) is int)
+    return numbers
 
 
 def _plain(value: Any) -> FunctionType | None:

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sw_transplant.equivalence import lay_out
 from sw_transplant.find.candidate import build
+from sw_transplant.find.code import whole_numbers
 from sw_transplant.find.match import Match
 from sw_transplant.find.specimen import FEW, narrowed, private_copy
 from sw_transplant.find.traces import told, undisturbed
@@ -35,6 +36,8 @@ LARGE = 1e6
 
 WIDE = (24, 40)
 """Size of a map that is larger than the others, times the stride."""
+LARGEST = 64
+"""Height and width up to which sizes are tried because the code mentions them."""
 
 
 def difference(site: nn.Module, match: Match) -> str | None:
@@ -67,6 +70,7 @@ def _first_difference(original: nn.Module, match: Match, bound: float) -> str | 
     """Tries a copy on all cases; where channels are alike, on most of them with few channels."""
     norms = [module for module in original.modules() if isinstance(module, _BatchNorm)]
     whole, *cases = _cases(match, folds=all(norm.running_mean is not None for norm in norms))
+    cases += _mentioned_sizes(original, cases[0])
     narrow = narrowed(original, match.in_channels)
     if narrow is not None:
         few = replace(match, in_channels=FEW, out_channels=FEW * match.out_channels // match.in_channels)
@@ -120,6 +124,24 @@ def _cases(match: Match, folds: bool) -> list[Case]:
     ]
     if folds:  # else one NaN is in the statistics of its channel, and so everywhere
         cases.append(Case("where one value is NaN", False, small, nan=True, grads=False, of_input=False))
+    return cases
+
+
+def _mentioned_sizes(site: nn.Module, like: Case) -> list[Case]:
+    """Maps as high, or as wide, as a number in the code says, and one more: where it may take another way."""
+    numbers = {
+        number
+        for part in site.modules()
+        if type(part).__module__.partition(".")[0] != "torch"
+        for number in whole_numbers(part)
+    }
+    height, width = like.size
+    cases = []
+    for number in sorted(each + more for each in numbers for more in (0, 1)):
+        for size in ((number, width), (height, number)):
+            if like.size[0] <= size[0] <= LARGEST and like.size[1] <= size[1] <= LARGEST:
+                what = f"in eval mode on a map of {size[0]} x {size[1]}"
+                cases.append(Case(what, False, size, images=1, grads=False, of_input=False))
     return cases
 
 

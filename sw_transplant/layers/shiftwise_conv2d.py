@@ -116,11 +116,12 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, torch.fx.Proxy):  # to every FX tracer this module is a leaf, as nn.Conv2d is
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
-        if x.dim() == 3:
+        if x.dim() == 3 and all(part.bn is None for part in self.parts()):  # as nn.Conv2d, and not nn.BatchNorm2d
             return self.forward(x[None])[0]
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
-                f"ShiftwiseConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) or (C, H, W)"
+                f"ShiftwiseConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W), or in a layer "
+                "without BatchNorm (C, H, W)"
             )
         return self._run(x)
 

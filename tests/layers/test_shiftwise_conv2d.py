@@ -299,10 +299,14 @@ def test_memory_format_follows_the_input():
         assert module(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_input_without_batch():
-    module = Sum(4, SUMS["slak"]).eval().as_shiftwise()
+def test_input_without_batch_as_the_original_takes_it():
     x = torch.randn(4, 9, 9, dtype=torch.float64)
-    assert torch.equal(module(x), module(x[None])[0])
+    conv = nn.Conv2d(4, 4, 7, padding=3, groups=4, dtype=torch.float64)
+    assert torch.allclose(convert(conv)(x), conv(x), atol=1e-12)
+    original = Sum(4, SUMS["slak"]).eval()
+    for module in (original, original.as_shiftwise()):
+        with pytest.raises(ValueError, match="expected 4D|without BatchNorm"):
+            module(x)
 
 
 def test_reparameterize_keeps_the_function_and_folds():
