@@ -120,8 +120,8 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
             return self.forward(x[None])[0]
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
-                f"ShiftwiseConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W), or in a layer "
-                "without BatchNorm (C, H, W)"
+                f"ShiftwiseConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W), or "
+                "(C, H, W) in a layer without BatchNorm"
             )
         return self._run(x)
 

@@ -305,7 +305,7 @@ def test_input_without_batch_as_the_original_takes_it():
     assert torch.allclose(convert(conv)(x), conv(x), atol=1e-12)
     original = Sum(4, SUMS["slak"]).eval()
     for module in (original, original.as_shiftwise()):
-        with pytest.raises(ValueError, match="expected 4D|without BatchNorm"):
+        with pytest.raises(ValueError, match=r"expected 4D|without BatchNorm"):
             module(x)
 
 
