@@ -14,7 +14,9 @@ import sw_transplant
 ROOT = Path(__file__).resolve().parents[1]
 
 # What an import of the package must leave alone: optional, slow, or both.
-HEAVY_MODULES = {"matplotlib", "numba", "numba_cuda", "onnx", "sklearn", "timm", "torchvision", "transformers"}
+HEAVY_MODULES = {
+    *("matplotlib", "numba", "numba_cuda", "onnx", "PIL", "rich", "sklearn", "timm", "torchvision", "transformers")
+}
 
 IMPORT_PROBE = """
 import json, sys, time
@@ -23,6 +25,7 @@ before = set(sys.modules)
 start = time.process_time()
 import sw_transplant
 seconds = time.process_time() - start
+import sw_transplant.check.images, sw_transplant.check.verify, sw_transplant.ops, sw_transplant.ops.toeplitz
 added = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
 print(json.dumps({"seconds": seconds, "added": added, "cuda": torch.cuda.is_initialized()}))
 """
@@ -32,7 +35,7 @@ print(json.dumps({"seconds": seconds, "added": added, "cuda": torch.cuda.is_init
 def imports() -> list[dict]:
     """Several imports of the package, each in a fresh interpreter: seconds, new top-level modules, CUDA state."""
     probe = [sys.executable, "-c", IMPORT_PROBE]
-    runs = [subprocess.run(probe, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(3)]
+    runs = [subprocess.run(probe, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(2)]
     return [json.loads(run.stdout) for run in runs]
 
 
