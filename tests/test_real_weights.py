@@ -110,7 +110,7 @@ def slak(shared: Path, cifar: dict[str, np.ndarray]) -> Task:
     mean, std = (torch.tensor(values)[:, None, None] for values in (CIFAR_MEAN, CIFAR_STD))
     images = (F.interpolate(pixels, size=(96, 96), mode="bilinear", align_corners=False) - mean) / std
     labels = torch.from_numpy(cifar["labels"]).long()
-    return Task(model, build_slak, lambda every: (images[::every], labels[::every]), {1: 834, 10: 83}, {7: 10})
+    return Task(model, build_slak, lambda every: (images[::every], labels[::every]), {1: 834, 10: 85}, {7: 10})
 
 
 @pytest.fixture(scope="module")
