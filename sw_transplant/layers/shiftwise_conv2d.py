@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.fx
@@ -116,6 +116,8 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, torch.fx.Proxy):  # to every FX tracer this module is a leaf, as nn.Conv2d is
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            _refuse_torchscript("torch.jit.trace")
         if x.dim() == 3 and all(part.bn is None for part in self.parts()):  # as nn.Conv2d, and not nn.BatchNorm2d
             return self.forward(x[None])[0]
         if x.dim() != 4 or x.shape[1] != self.in_channels:
@@ -164,6 +166,19 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
         self.match = None  # what it replaced can no longer be rebuilt from it
         self.clear_cache()
 
+    def __prepare_scriptable__(self) -> None:
+        """Asked for by ``torch.jit.script``, before it compiles anything."""
+        _refuse_torchscript("torch.jit.script")
+
     def extra_repr(self) -> str:
         stride = "" if self.stride == (1, 1) else f", stride={self.stride}"
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}{stride}, form={self.form!r}"
+
+
+def _refuse_torchscript(what: str) -> NoReturn:
+    """A trace would keep the plan for the size of one map, and serve it to others."""
+    raise RuntimeError(
+        f"{what}: TorchScript cannot hold a ShiftwiseConv2d, whose plan follows the size of the map; got a converted "
+        "model, expected a merged one. Merge first: sw_transplant.merge(model). torch.export and "
+        "torch.onnx.export(..., dynamo=True) take converted models as they are"
+    )
