@@ -9,6 +9,7 @@ from torch import nn
 
 from sw_transplant.config import SWConfig
 from sw_transplant.find.candidate import build, find_site
+from sw_transplant.find.closures import stays_with_original
 from sw_transplant.find.match import Inspection, Match, NoLargeKernelError
 from sw_transplant.find.search import inspect_model
 from sw_transplant.find.select import Select
@@ -56,6 +57,8 @@ def convert(
     config = config or SWConfig()
     _refuse_wrappers(model)
     inspection = inspect_model(model, config, select=select)
+    if not inplace and (reason := stays_with_original(model)):
+        raise ValueError(reason)
     if not inspection.matches and not inspection.converted:
         raise NoLargeKernelError(_nothing_found(inspection, config))
     target = model if inplace else _copy(model)
