@@ -1,4 +1,4 @@
-"""Whether a deep copy of a model would go on using the model that it was copied from.
+"""Who else has got hold of a part of a model: functions, which copies share, and attributes that are no submodules.
 
 ``copy.deepcopy`` copies attributes, but a function stays the same function. One that was put on an instance and has
 got hold of a layer, as in ``model.forward = lambda x: head(body(x))``, goes on calling the original's layers: to
@@ -12,7 +12,50 @@ from collections.abc import Iterator
 from types import FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+_REGISTERED = frozenset({"_modules", "_parameters", "_buffers"})
+_DEEPEST = 4
+"""So many containers within each other are looked into."""
+
+
+def held_beside(model: nn.Module) -> dict[int, str]:
+    """Modules and tensors that attributes of a model's modules hold, beside those that are registered there.
+
+    Who is held in a list, or bound to a method or a function that is kept, is used without the model's knowing: a
+    replacement in its place would not be.
+
+    Returns:
+        By ``id``: the attribute, such as ``"blocks.0.held"``. Hooks of other modules count as well.
+    """
+    found: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _REGISTERED and not isinstance(value, (int, float, str, bool, type(None))):
+                for held in _references(value):
+                    if isinstance(held, (nn.Module, Tensor)) and held is not module:
+                        found.setdefault(id(held), f"{path or 'model'}.{name}")
+    return found
+
+
+def _references(value: Any, depth: int = _DEEPEST) -> Iterator[Any]:
+    """What can be come to from a value through containers, methods, partials and functions."""
+    yield value
+    if depth == 0:
+        return
+    inner: list[Any] = []
+    if isinstance(value, (list, tuple, set, frozenset)):
+        inner = list(value)
+    elif isinstance(value, dict):
+        inner = list(value.values())
+    elif isinstance(value, functools.partial):
+        inner = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, MethodType):
+        inner = [value.__self__, value.__func__]
+    elif isinstance(value, FunctionType):
+        inner = list(_kept_by_copies(value))
+    for each in inner:
+        yield from _references(each, depth - 1)
 
 
 def stays_with_original(model: nn.Module) -> str | None:

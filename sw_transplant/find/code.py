@@ -21,7 +21,9 @@ _SWITCHES = frozenset(
 )
 _KINDS = frozenset({"Conv2d", "_ConvNd"})
 _TENSORS = frozenset({"weight", "bias", "parameters", "named_parameters", "state_dict"})
-_TOUCHES = frozenset({"data", "init", "out", "grad", "requires_grad", "is_leaf", "_version", "data_ptr", "set_"})
+_TOUCHES = frozenset(
+    {"data", "init", "out", "grad", "requires_grad", "is_leaf", "_version", "data_ptr", "Parameter", "functional_call"}
+)
 """Beside names that end in an underscore: what reads or writes more of a parameter than its values."""
 _ENTRIES = ("forward", "train", "eval", "__call__")
 """What others call without asking; the rest runs when it is mentioned."""
@@ -52,7 +54,8 @@ def reached(site: nn.Module, holders: Sequence[nn.Module]) -> str | None:
         touched = names & _TENSORS
         writing = sorted(name for name in names if name in _TOUCHES or (name.endswith("_") and name[0] != "_"))
         if touched and writing:
-            return f"the forward of {type(holder).__name__} uses {min(touched)} and {writing[0]}: it may write to them"
+            what = f"the forward of {type(holder).__name__} uses {min(touched)} and {writing[0]}"
+            return f"{what}: it may do more than read them"
         asked = sorted(name for name in names & lost if not hasattr(holder, name))  # else it may mean its own
         if asked:
             return f"the forward of {type(holder).__name__} asks for {asked[0]}, which only this layer has"

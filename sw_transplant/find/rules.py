@@ -8,6 +8,7 @@ parametrization. What a class with a forward of its own must be, if it is a conv
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -132,6 +133,8 @@ def reason_against(module: nn.Module) -> str | None:
         return f"weights of dtype {module.weight.dtype} are not supported (floating-point ones are)"
     if not has_own_forward(module):
         return None
+    if (inputs := len(inspect.signature(module.forward).parameters)) != 1:
+        return f"the forward of class {type(module).__name__} takes {inputs} inputs"
     try:
         probe_padding(module)
     except ValueError as reason_:
@@ -180,20 +183,23 @@ def probe_padding(module: nn.Conv2d) -> Padding:
     candidates = {BranchGeometry(kernel, "same", dilation): None}
     if not isinstance(module.padding, str):
         candidates[BranchGeometry(kernel, static_padding(module.padding, kernel, dilation), dilation)] = None
+    failure = ""
     with undisturbed(module), torch.no_grad():
-        try:
-            twin = copy.deepcopy(module).eval()
-            for geometry in candidates:
+        for geometry in candidates:
+            try:
+                twin = copy.deepcopy(module).eval()
                 if all(_agrees(twin, geometry, stride, extra) for extra in (0, 1, 6)):
                     return geometry.padding
-        except Exception as error:  # a foreign forward may fail in any way
-            raise ValueError(f"cannot be run alone: {told(error)}") from error
+            except Exception as error:  # a foreign forward may fail in any way
+                failure = told(error)
+    if failure:
+        raise ValueError(f"cannot be run alone: {failure}")
     raise ValueError("gives another output than the convolution that its attributes describe")
 
 
 def _agrees(module: nn.Conv2d, geometry: BranchGeometry, stride: Size, extra: int) -> bool:
-    reach = geometry.reach
-    size = (reach[0] + 2 + extra, reach[1] + 3 + extra)
+    least = [max(3, 3 * step - grown) for step, grown in zip(stride, geometry.growth, strict=True)]  # a few outputs
+    size = (least[0] + extra, least[1] + 1 + extra)
     generator = torch.Generator().manual_seed(extra)
     x = torch.randn(2, module.in_channels, *size, generator=generator, device="cpu").to(module.weight)
     top, bottom, left, right = geometry.resolve(size, stride)

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from sw_transplant.config import SWConfig
+from sw_transplant.find.closures import held_beside
 from sw_transplant.find.code import reached, switches
 from sw_transplant.find.describe import channels_of, describe, stride_of
 from sw_transplant.find.linear import LinearBranch, NotLinearError, linear_branches
@@ -70,6 +71,7 @@ class _Search:
                     self.places.setdefault(child, []).append((parent, join_path(path, name)))
             for name, parameter in parent.named_parameters(recurse=False, remove_duplicate=False):
                 owners.setdefault(parameter, []).append(join_path(path, name))
+        self.held = held_beside(model)
         self.tied = {parameter: names for parameter, names in owners.items() if len(names) > 1}
         self.selected = selector(list(self.modules.values()), select)
         self.sums: dict[nn.Module, list[LinearBranch] | NotLinearError] = {}
@@ -111,7 +113,7 @@ class _Search:
         if not self._is_large(conv):
             if is_depthwise(conv) and max(kernel) > 1:
                 self._leave(conv, kernel, f"kernel smaller than min_kernel = {self.config.min_kernel}")
-        elif reason := reason_against(conv) or self._shared_parameters(conv) or reached(conv, self._holders(conv)):
+        elif reason := reason_against(conv) or self._in_use_elsewhere(conv) or reached(conv, self._holders(conv)):
             self._leave(conv, kernel, reason)
         elif not self.selected(self.modules[conv], conv):
             self._leave(conv, kernel, "left out by select")
@@ -237,7 +239,7 @@ class _Search:
         """Why a module whose forward is a sum of branches cannot be replaced as a whole; None if it can."""
         inside = set(module.modules())
         for inner in inside:
-            if reason := self._shared_parameters(inner):
+            if reason := self._in_use_elsewhere(inner):
                 return reason
             if inner is not module and any(parent not in inside for parent, _ in self.places[inner]):
                 return f"its part {self.modules[inner]} is also used elsewhere"
@@ -273,7 +275,10 @@ class _Search:
             return "its branches give outputs of different sizes"
         return None
 
-    def _shared_parameters(self, module: nn.Module) -> str | None:
+    def _in_use_elsewhere(self, module: nn.Module) -> str | None:
+        for what, each in (("it", module), *module.named_parameters(recurse=False)):
+            if id(each) in self.held:
+                return f"{self.held[id(each)]} holds {what}, too, and would go on using it"
         for parameter in module.parameters(recurse=False):
             if parameter in self.tied:
                 return f"its weights are tied: {' and '.join(self.tied[parameter])} are one parameter"
