@@ -22,6 +22,7 @@ PUBLIC_NAMES = {
     "inspect_model",
     "load",
     "merge",
+    "restore",
     "save",
     "set_form",
     "summary",

@@ -132,7 +132,11 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.placements.is_meta:
-            self._follow(self.placements)
+            self.rederive()
+
+    def rederive(self) -> None:
+        """Makes again what follows from the placements."""
+        self._follow(self.placements)
 
     @classmethod
     def from_kernel(

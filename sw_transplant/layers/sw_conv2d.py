@@ -263,6 +263,10 @@ class SWConv2d(ShiftwiseConv2d):
     def _geometry(self) -> BranchGeometry:
         return super()._geometry if self.merged else self._geometries[0]
 
+    def rederive(self) -> None:
+        super().rederive()
+        _follow_what_was_loaded(self, None)
+
     def reset_parameters(self) -> None:
         """Draws ghosts and orders from the seed again, and initialises filters, BatchNorms and gains.
 

@@ -13,6 +13,8 @@ from sw_transplant.find.search import Select, inspect_model
 from sw_transplant.layers.branch import Branch
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.approximate import build_shared
+from sw_transplant.surgery.hosts import hosts_of
+from sw_transplant.surgery.origin import remember
 
 
 def convert(
@@ -57,9 +59,15 @@ def convert(
     inspection = inspect_model(model, config, select=select)
     if not inspection.matches and not inspection.converted:
         raise NoLargeKernelError(_nothing_found(inspection, config))
+    hosts = hosts_of(model)
+    for host in hosts:
+        host.check(model)
     target = model if inplace else _copy(model)
     built = [(match, _build_for(find_site(target, match.path), match, config)) for match in inspection.matches]
-    return put(target, built)
+    converted = put(target, built)
+    for host in hosts:
+        host.follow(converted)
+    return converted
 
 
 def put(model: nn.Module, built: Sequence[tuple[Match, ShiftwiseConv2d]]) -> nn.Module:
@@ -95,7 +103,11 @@ def put(model: nn.Module, built: Sequence[tuple[Match, ShiftwiseConv2d]]) -> nn.
 
 def _build_for(site: nn.Module, match: Match, config: SWConfig) -> ShiftwiseConv2d:
     laid_out = build(site, match, form=config.form)
-    return build_shared(laid_out, match, config) if config.mode == "shiftwise" else laid_out
+    if config.mode == "laid_out":
+        return laid_out
+    shared = build_shared(laid_out, match, config)
+    remember(shared, site, match)
+    return shared
 
 
 def build(site: nn.Module, match: Match, *, form: str) -> ShiftwiseConv2d:
@@ -118,6 +130,7 @@ def build(site: nn.Module, match: Match, *, form: str) -> ShiftwiseConv2d:
     module.training = module.branches.training = site.training
     for branch in branches:
         branch.training = site.training  # and not .train(): a frozen BatchNorm stays in eval
+    remember(module, site, match)
     return module
 
 
