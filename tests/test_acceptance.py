@@ -363,11 +363,14 @@ def test_hidden_states(name: str) -> None:
 def test_save_pretrained(tmp_path) -> None:
     from safetensors.torch import load_file
 
-    converted = make_pair(case(HF_CONVNEXT), 7).converted
-    converted.save_pretrained(tmp_path)
-    written, state = load_file(tmp_path / "model.safetensors"), converted.state_dict()
+    pair = make_pair(case(HF_CONVNEXT), 7)
+    pair.converted.save_pretrained(tmp_path)
+    written, state = load_file(tmp_path / "model.safetensors"), pair.original.state_dict()
     assert written.keys() == state.keys()
     assert all(torch.equal(written[name], state[name]) for name in state)
+    loaded = type(pair.converted).from_pretrained(tmp_path)
+    assert shiftwise_layers(loaded).keys() == shiftwise_layers(pair.converted).keys()
+    assert_equal_outputs(outputs(pair.case, loaded), outputs(pair.case, pair.converted))
 
 
 def test_initialisers_of_the_model_leave_the_tiles_alone() -> None:
