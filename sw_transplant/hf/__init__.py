@@ -14,8 +14,9 @@ model is one of transformers (:mod:`sw_transplant.surgery.hosts`). Import it you
 before ``from_pretrained``, which asks for a registered ``quant_method``.
 """
 
+from sw_transplant.hf.checkpoints import last_checkpoint
 from sw_transplant.hf.host import attach
 from sw_transplant.hf.quantizer import ShiftwiseQuantizer
 from sw_transplant.hf.shiftwise_config import ShiftwiseConfig
 
-__all__ = ["ShiftwiseConfig", "ShiftwiseQuantizer", "attach"]
+__all__ = ["ShiftwiseConfig", "ShiftwiseQuantizer", "attach", "last_checkpoint"]

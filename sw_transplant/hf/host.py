@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from sw_transplant.hf.notes import forget_layers, note_layers, shiftwise_layers
 from sw_transplant.hf.quantizer import ShiftwiseQuantizer
@@ -68,14 +69,16 @@ class _Transformers:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         attach(model)
-        model.save_pretrained(folder)  # type: ignore[operator]  # it is a PreTrainedModel
+        with _without_bars():
+            model.save_pretrained(folder)  # type: ignore[operator]  # it is a PreTrainedModel
 
     def read(self, base_model: nn.Module, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]] | None:
         if not _is_ours(folder):
             return None
         kind: Any = type(base_model)
         try:
-            model, report = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+            with _without_bars():
+                model, report = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True)
         except Exception as error:  # files from anywhere can be wrong in any way
             raise ValueError(f"{folder}: cannot be read as {kind.__name__} ({error})") from error
         lacks = {what: sorted(report[what]) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")}
@@ -83,6 +86,18 @@ class _Transformers:
             problems = "; ".join(f"{what}: {names[:3]}" for what, names in lacks.items() if names)
             raise ValueError(f"{folder}: does not fit {kind.__name__}: {problems}; expected the class that was saved")
         return [layer.to_dict() for layer in describe(model)], model.state_dict()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bars of transformers: ``save`` and ``load`` are silent for other models."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _models(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
