@@ -12,9 +12,20 @@ import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from sw_transplant import NoLargeKernelError, ShiftwiseConv2d, SWConfig, convert, inspect_model, load, merge, save
+from sw_transplant import (
+    NoLargeKernelError,
+    ShiftwiseConv2d,
+    SWConfig,
+    convert,
+    inspect_model,
+    load,
+    merge,
+    restore,
+    save,
+)
 from sw_transplant.check.verify import bound_for
 from sw_transplant.equivalence import lay_out
+from sw_transplant.surgery.restore import dense_state_dict
 from tests.acceptance import (
     CASES,
     Case,
@@ -26,6 +37,7 @@ from tests.acceptance import (
     tensors_of,
     with_form,
 )
+from tests.surgery.test_restore import assert_same_model
 
 GRADIENT_FACTOR = 10  # gradients hold to ten times the bound of the outputs
 
@@ -115,6 +127,15 @@ def test_the_layers_are_converted_and_nothing_else_changes(pair: Pair) -> None:
     assert list(converted) == list(original)
     for name, tensor in original.items():
         assert torch.equal(converted[name], tensor), name
+
+
+def test_restored_it_is_the_original_again(pair: Pair) -> None:
+    restored = restore(pair.converted)
+    assert_same_model(restored, pair.original)
+    dense = dense_state_dict(pair.converted)
+    assert list(dense) == list(restored.state_dict())
+    for name, tensor in pair.original.state_dict().items():
+        assert torch.equal(dense[name], tensor), name
 
 
 def test_converting_again_changes_nothing(pair: Pair) -> None:

@@ -142,13 +142,12 @@ class ShiftwiseQuantizer(HfQuantizer):  # type: ignore[misc]
                         f"save_pretrained: {path}: its weights are not whole in this process (offloaded, or sharded by "
                         "FSDP); expected all of them. With FSDP choose the state dict type SHARDED_STATE_DICT"
                     )
-        metadata: dict[str, str] = {"sw_transplant": settings.weights}
         if settings.weights == "dense":
-            return dense_state_dict(model), metadata
+            return dense_state_dict(model), {}
         model.config.fusion_config = {**(getattr(model.config, "fusion_config", None) or {}), NEEDED: True}
         # Of one byte, so that they come last in the file: what follows them would lie on odd addresses, which are slow.
         stand_ins = {name: torch.zeros(STAND_IN, dtype=torch.uint8) for name in kernel_names(settings.layers)}
-        return {**model.state_dict(), **stand_ins}, metadata
+        return {**model.state_dict(), **stand_ins}, {}
 
     def dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         """``model.dequantize()``: :func:`sw_transplant.merge`, in place; ``dtype`` None keeps that of the model."""

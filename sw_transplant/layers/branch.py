@@ -191,7 +191,8 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         grid = grid_placements(self.geometry.kernel_size, n)  # (T, 3)
         if edges < 1:
             raise ValueError(f"Branch.with_edges: edges {edges}, expected at least 1")
-        if self.is_identity or self.gain is not None or not torch.equal(self.placements.cpu(), grid[None]):
+        moved = not self.placements.is_meta and not torch.equal(self.placements.cpu(), grid[None])
+        if self.is_identity or self.gain is not None or moved:
             raise ValueError("Branch.with_edges: the branch is not laid out; expected one of Branch.from_kernel(...)")
         generator = torch.Generator().manual_seed(seed)
         shuffled = torch.rand(edges - 1, channels, tiles, generator=generator, device="cpu").argsort(-1)
@@ -204,7 +205,7 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         return Branch(
             self.geometry.filled(n),
             nn.Parameter(bank.clone(), requires_grad=self.bank.requires_grad),
-            rows.transpose(0, 1).flatten(1, 2).to(self.placements),
+            rows.transpose(0, 1).flatten(1, 2),
             self.bias,
             self.bn,
             nn.Parameter(gain, requires_grad=self.bank.requires_grad),

@@ -33,7 +33,7 @@ def main(mode: str, jobs: str, results: str) -> None:
     torch.save([read(torch, transformers, **entry) for entry in entries], results)
 
 
-def read(torch: Any, transformers: Any, folder: str, reader: str, images: str) -> dict[str, Any]:
+def read(torch: Any, transformers: Any, folder: str, reader: str, images: str, pipeline: bool) -> dict[str, Any]:
     try:
         model, report = getattr(transformers, reader).from_pretrained(folder, output_loading_info=True)
     except Exception as error:
@@ -47,7 +47,7 @@ def read(torch: Any, transformers: Any, folder: str, reader: str, images: str) -
         "shiftwise": sum(kind in ("ShiftwiseConv2d", "SWConv2d") for kind in kinds),
         "outputs": outputs,
         "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "scores": scores(transformers, folder, reader),
+        "scores": scores(transformers, folder) if pipeline else None,
     }
 
 
@@ -57,10 +57,8 @@ def leaves(torch: Any, output: Any) -> list[Any]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
-def scores(transformers: Any, folder: str, reader: str) -> list[float] | None:
-    """What a pipeline that is made from the folder alone says of a picture, for classifiers."""
-    if reader != "AutoModelForImageClassification":
-        return None
+def scores(transformers: Any, folder: str) -> list[float]:
+    """What a pipeline that is made from the folder alone says of a picture."""
     from PIL import Image
 
     picture = Image.linear_gradient("L").resize((80, 72)).convert("RGB")

@@ -11,8 +11,7 @@ from torch import nn
 
 from sw_transplant import ShiftwiseConv2d, SWConfig, convert, restore
 from sw_transplant.layers.sw_conv2d import SWConv2d
-from sw_transplant.surgery.restore import dense_state_dict
-from tests.acceptance import CASES, Case, randomise
+from tests.acceptance import randomise
 from tests.find.test_search import Functional, Parallel, conv, conv_bn
 from tests.surgery.test_convert import assert_unchanged, model_of_everything, shiftwise, snapshot
 
@@ -35,17 +34,6 @@ def assert_same_tensor(got: torch.Tensor, expected: torch.Tensor, name: str = ""
     facts = [(x.dtype, x.device, x.shape, x.stride()) for x in (got, expected)]
     assert facts[0] == facts[1], name
     assert torch.equal(got, expected), name
-
-
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_every_class_comes_back(case: Case) -> None:
-    model = case.model()
-    converted = convert(model, SWConfig(min_kernel=min(k for k, count in case.layers.items() if count)))
-    assert shiftwise(converted)
-    assert_same_model(restore(converted), model)
-    dense, state = dense_state_dict(converted), model.state_dict()
-    assert list(dense) == list(state)
-    assert all(torch.equal(dense[name], state[name]) for name in state)
 
 
 def test_a_copy_is_restored_and_the_model_left_as_it_was() -> None:
