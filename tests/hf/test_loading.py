@@ -40,10 +40,11 @@ def converted(kind: str = "dense", name: str = "ConvNext") -> Any:
 
 
 def assert_same_state(one: nn.Module, other: nn.Module) -> None:
-    state, expected = one.state_dict(), other.state_dict()
-    assert list(state) == list(expected)
-    for name, tensor in expected.items():
-        assert torch.equal(state[name], tensor), name
+    """Also of what is not saved, but follows from it."""
+    states = [{**model.state_dict(), **dict(model.named_buffers())} for model in (one, other)]
+    assert list(states[0]) == list(states[1])
+    for name, tensor in states[1].items():
+        assert torch.equal(states[0][name], tensor), name
 
 
 def config_of(folder: Path) -> Any:
