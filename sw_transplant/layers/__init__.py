@@ -3,6 +3,7 @@
 Read in this order:
 
     branch              one bank of tiles, its placements, and what follows the shift
+    tables              the integers that say where tiles go
     masks               which tiles of a bank are in use
     shiftwise_conv2d    ShiftwiseConv2d: a sum of branches, laid out from kernels
     orders              what the paper's module draws at random

@@ -77,7 +77,8 @@ class BranchView(PlacedTiles):
         is_identity: bool = False,
         live: LiveTiles | None = None,
     ) -> None:
-        self.geometry, self.placements, self.index, self.bn, self.gain = geometry, placements, index, bn, gain
+        self.geometry, self.placements, self.bn, self.gain = geometry, placements, bn, gain
+        self._index = index
         self.bias = None
         self._source = source
         self._is_identity = is_identity
@@ -87,6 +88,10 @@ class BranchView(PlacedTiles):
     def bank(self) -> Tensor:  # type: ignore[override]
         """``(active, T, n, n)``, shared by the views of one call."""
         return self._source()
+
+    @property
+    def index(self) -> Tensor:
+        return self._index
 
     @property
     def is_identity(self) -> bool:

@@ -24,6 +24,7 @@ from sw_transplant.layers.masks import LiveMemo
 from sw_transplant.layers.orders import PUBLISHED_SEED, active_channels, branch_tables, draw_orders
 from sw_transplant.layers.shared_bank import BranchView, Once, TilePath
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.layers.tables import Tables
 from sw_transplant.ops.tracing import is_transformed
 
 BRANCHES = ("horizontal", "vertical", "identity")
@@ -84,10 +85,7 @@ class SWConv2d(ShiftwiseConv2d):
     vertical: Tensor
     identity: Tensor
     active: Tensor
-    ghosts: Tensor
     one_bank: Tensor
-    one_placements: Tensor
-    one_index: Tensor
     gain: nn.Parameter | None
 
     def __init__(
@@ -194,8 +192,8 @@ class SWConv2d(ShiftwiseConv2d):
             BranchView(
                 geometry,
                 bank,
-                getattr(self, f"{name}_placements"),
-                getattr(self, f"{name}_index"),
+                self._table(f"{name}_placements"),
+                self._table(f"{name}_index"),
                 self.norm(name),
                 None if self.gain is None else self.gain[i],
                 live=live,
@@ -204,7 +202,8 @@ class SWConv2d(ShiftwiseConv2d):
         ]
         if self.residual:
             one = BranchGeometry((1, 1), (0, 0, 0, 0))
-            views.append(BranchView(one, lambda: self.one_bank, self.one_placements, self.one_index, None, None, True))
+            places = self._table("one_placements"), self._table("one_index")
+            views.append(BranchView(one, lambda: self.one_bank, *places, None, None, True))
         return views
 
     # ---- the orders ----
@@ -236,24 +235,48 @@ class SWConv2d(ShiftwiseConv2d):
     def _follow(self, drawn: dict[str, Tensor]) -> None:
         """Derives from orders and active channels what the forms read."""
         sets = 1 if self.gain is None else self.edges
+        tables = {name: drawn[name].detach().to("cpu", copy=True) for name in (*BRANCHES, "active")}
         for name in BRANCHES:
-            placements, index = branch_tables(name, drawn[name], self.tiles, self.tile, sets)
-            self._derive(f"{name}_placements", placements)
-            self._derive(f"{name}_index", index)
+            placements, index = branch_tables(name, tables[name], self.tiles, self.tile, sets)
+            tables |= {f"{name}_placements": placements, f"{name}_index": index}
         with torch.device("cpu"):
-            bypass = torch.ones(self.in_channels, dtype=torch.bool)
-            bypass[drawn["active"].cpu()] = False
-            self._derive("ghosts", bypass.nonzero().flatten())
-            one = torch.zeros(len(drawn["active"]), 1, self.tile, self.tile, dtype=self._like.dtype)
-            one[:, :, 0, 0] = 1
             row = torch.zeros(1, 1, 3, dtype=torch.int32)
-            self._derive("one_bank", one)
-            self._derive("one_placements", row)
-            self._derive("one_index", edge_indices(row, 1, 1, self.tile, (1, 1)))
+            tables |= {"one_placements": row, "one_index": edge_indices(row, 1, 1, self.tile, (1, 1))}
+            one = torch.zeros(len(tables["active"]), 1, self.tile, self.tile, dtype=self._like.dtype)
+            one[:, :, 0, 0] = 1
+        self._derive("one_bank", one)
+        self._tables = Tables({**tables, **self._channels(tables["active"])}).only_on(self._like.device)
         self.clear_cache()
+
+    def _channels(self, active: Tensor) -> dict[str, Tensor]:
+        """The active channels and the others, on the CPU."""
+        active = active.detach().to("cpu", copy=True)
+        bypass = torch.ones(self.in_channels, dtype=torch.bool, device="cpu")
+        bypass[active] = False
+        return {"active": active, "ghosts": bypass.nonzero().flatten()}
 
     def _derive(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor.to(self._like.device), persistent=False)
+
+    def _table(self, name: str) -> Tensor:
+        """An order as it was drawn or loaded, or what follows from the orders, on the device of the filters."""
+        return self._tables.on(self._like.device)[name]  # type: ignore[return-value]
+
+    @property
+    def ghosts(self) -> Tensor:
+        """The channels that bypass the module, ascending."""
+        return self._table("ghosts")
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SWConv2d:
+        super()._apply(*args, **kwargs)
+        self._tables = self._tables.only_on(self._like.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in (*BRANCHES, "active"):
+            if f"{prefix}{name}" in destination:
+                destination[f"{prefix}{name}"] = self._table(name).clone()
 
     @property
     def _like(self) -> Tensor:
@@ -288,13 +311,14 @@ class SWConv2d(ShiftwiseConv2d):
             return super()._run(x)
         if self.merged:  # the ghosts are kernels with a single tap
             return super()._run(x.index_select(1, self.channel_order) if self.ghosts_last else x)  # type: ignore[arg-type]
-        y = super()._run(x.index_select(1, self.active))
+        active = self._table("active")
+        y = super()._run(x.index_select(1, active))
         passed = x[:, :, :: self.stride[0], :: self.stride[1]].to(y.dtype)
         if self.ghosts_last:
             return torch.cat([y, passed.index_select(1, self.ghosts)], dim=1)
         if is_transformed():
-            return passed.index_copy(1, self.active, y)
-        placed: Tensor = _PlaceChannels.apply(passed, self.active, y)
+            return passed.index_copy(1, active, y)
+        placed: Tensor = _PlaceChannels.apply(passed, active, y)
         return placed
 
     # ---- back to plain convolutions ----
@@ -302,7 +326,7 @@ class SWConv2d(ShiftwiseConv2d):
     @property
     def channel_order(self) -> Tensor | None:
         """Which input channel the k-th channel of :meth:`kernels` reads, ``(C,)``; None for the k-th itself."""
-        return torch.cat([self.active, self.ghosts]) if self.ghosts_last and len(self.ghosts) else None
+        return torch.cat([self._table("active"), self.ghosts]) if self.ghosts_last and len(self.ghosts) else None
 
     @property
     def bias(self) -> Tensor | None:
@@ -319,7 +343,8 @@ class SWConv2d(ShiftwiseConv2d):
 
     def _among_ghosts(self, values: Tensor, fill: float = 0) -> Tensor:
         """Values of the active channels, ``(active, ...)`` -> ``(C, ...)``, the ghosts filled."""
-        places = torch.arange(len(self.active), device=values.device) if self.ghosts_last else self.active
+        active = self._table("active")
+        places = torch.arange(len(active), device=values.device) if self.ghosts_last else active
         return values.new_full((self.in_channels, *values.shape[1:]), fill).index_copy(0, places, values)
 
     @torch.no_grad()
@@ -331,9 +356,9 @@ class SWConv2d(ShiftwiseConv2d):
         for name in self.NAMES.values():
             del self._modules[name]
         self.gain = None
-        kept = ("active", "ghosts")
-        for name in [name for name, _ in self.named_buffers(recurse=False) if name not in kept]:
+        for name in [name for name, _ in self.named_buffers(recurse=False) if name != "active"]:
             delattr(self, name)
+        self._tables = Tables(self._channels(self._table("active"))).only_on(self._like.device)
 
     def extra_repr(self) -> str:
         if self.merged:
@@ -363,6 +388,8 @@ class _PlaceChannels(torch.autograd.Function):
 
 def _follow_what_was_loaded(module: SWConv2d, _: Any) -> None:
     if module.merged:
+        if not module.active.is_meta:
+            module._tables = Tables(module._channels(module.active)).only_on(module._like.device)
         return
     if module.STORES_ORDERS:
         drawn = {name: getattr(module, name) for name in (*BRANCHES, "active")}
