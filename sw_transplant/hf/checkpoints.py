@@ -8,9 +8,8 @@ import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+PREFIX = "checkpoint-"
 STATE_NAME = "trainer_state.json"
 """What Trainer writes last, when all other files are there."""
 
@@ -29,8 +28,8 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
         The path of the checkpoint; None where there is none, so that training starts from the beginning.
     """
     numbered = []
-    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name):
+    for path in Path(folder).glob(f"{PREFIX}*"):
+        if match := re.fullmatch(rf"{PREFIX}(\d+)", path.name):
             numbered.append((int(match[1]), path))
     for step, path in sorted(numbered, reverse=True):
         if _is_whole(path, step):
@@ -40,7 +39,7 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 def _is_whole(checkpoint: Path, step: int) -> bool:
     try:
-        state = TrainerState.load_from_json(str(checkpoint / STATE_NAME))
+        state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
         for index in checkpoint.rglob("*.safetensors.index.json"):
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             if not all((index.parent / name).is_file() for name in named):
@@ -48,6 +47,6 @@ def _is_whole(checkpoint: Path, step: int) -> bool:
         for weights in checkpoint.rglob("*.safetensors"):
             with safe_open(weights, framework="pt"):  # compares the file's size with what its header says
                 pass
+        return bool(state["global_step"] == step)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
-    return bool(state.global_step == step)

@@ -42,7 +42,7 @@ def model(config: SWConfig | None = SWConfig()) -> Any:  # noqa: B008  it is fro
     return plain if config is None else convert(plain, config)
 
 
-def trainer(one: Any, folder: Path, **arguments: Any) -> Trainer:
+def trainer(one: Any, folder: Path, *, kind: type[Trainer] = Trainer, **arguments: Any) -> Trainer:
     given: dict[str, Any] = {
         "max_steps": STEPS,
         "save_steps": EVERY,
@@ -56,7 +56,7 @@ def trainer(one: Any, folder: Path, **arguments: Any) -> Trainer:
         **arguments,
     }
     data = Pictures()
-    return Trainer(
+    return kind(
         one,
         TrainingArguments(str(folder), **given),
         train_dataset=data,
