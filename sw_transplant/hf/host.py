@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,9 +13,9 @@ from transformers.utils import logging
 
 from sw_transplant.hf.notes import forget_layers, note_layers, shiftwise_layers
 from sw_transplant.hf.quantizer import ShiftwiseQuantizer
-from sw_transplant.hf.shiftwise_config import QUANT_METHOD, ShiftwiseConfig
+from sw_transplant.hf.shiftwise_config import ShiftwiseConfig
 from sw_transplant.surgery.description import describe
-from sw_transplant.surgery.hosts import add_host
+from sw_transplant.surgery.hosts import add_host, is_host_folder
 
 
 def attach(model: nn.Module, strange: Sequence[str] = ()) -> None:
@@ -73,7 +72,7 @@ class _Transformers:
             model.save_pretrained(folder)  # type: ignore[operator]  # it is a PreTrainedModel
 
     def read(self, base_model: nn.Module, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]] | None:
-        if not _is_ours(folder):
+        if not is_host_folder(folder):
             return None
         kind: Any = type(base_model)
         try:
@@ -117,14 +116,6 @@ def _below(paths: Sequence[str], path: str) -> Iterator[str]:
     """Those of the paths that are inside this one, from there."""
     prefix = f"{path}." if path else ""
     return (other.removeprefix(prefix) for other in paths if other.startswith(prefix))
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 add_host("transformers", _Transformers())

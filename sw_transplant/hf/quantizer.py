@@ -25,10 +25,11 @@ from transformers.utils import logging
 
 from sw_transplant.find.match import Match
 from sw_transplant.hf.notes import NEEDED, forget_needs, kernel_names, note_layers, shiftwise_layers
-from sw_transplant.hf.shiftwise_config import QUANT_METHOD, ShiftwiseConfig
+from sw_transplant.hf.shiftwise_config import ShiftwiseConfig
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.convert import convert, put
 from sw_transplant.surgery.description import LayerDescription, rebuild
+from sw_transplant.surgery.hosts import METHOD
 from sw_transplant.surgery.merge import merge
 from sw_transplant.surgery.origin import STAND_IN
 from sw_transplant.surgery.restore import dense_state_dict
@@ -36,7 +37,7 @@ from sw_transplant.surgery.restore import dense_state_dict
 logger = logging.get_logger(__name__)
 
 
-@register_quantizer(QUANT_METHOD)
+@register_quantizer(METHOD)
 class ShiftwiseQuantizer(HfQuantizer):  # type: ignore[misc]
     """Rebuilds Shiftwise layers in ``from_pretrained``, writes them in ``save_pretrained``; nothing is quantized.
 

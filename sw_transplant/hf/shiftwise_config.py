@@ -11,14 +11,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sw_transplant.config import CONFIG_VERSION, SWConfig
 from sw_transplant.surgery.description import LayerDescription, read_descriptions
-
-QUANT_METHOD = "shiftwise"
-"""The name under which transformers knows this package; it calls all that changes layers a quantization."""
+from sw_transplant.surgery.hosts import METHOD
 
 Weights = Literal["dense", "banks"]
 
 
-@register_quantization_config(QUANT_METHOD)
+@register_quantization_config(METHOD)
 class ShiftwiseConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The entry ``quantization_config`` of a converted model; or how ``from_pretrained`` shall convert a plain one.
 
@@ -46,7 +44,7 @@ class ShiftwiseConfig(QuantizationConfigMixin):  # type: ignore[misc]
         weights: Weights = "dense",
         version: int = CONFIG_VERSION,
     ) -> None:
-        self.quant_method: Any = QUANT_METHOD  # for transformers one of its own methods
+        self.quant_method: Any = METHOD  # transformers calls all that changes layers a quantization
         if not isinstance(version, int) or version > CONFIG_VERSION:
             raise ValueError(
                 f"ShiftwiseConfig: version {version!r}, this sw_transplant reads up to {CONFIG_VERSION}; upgrade it"

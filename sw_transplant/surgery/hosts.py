@@ -9,11 +9,15 @@ then the library is there already.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+METHOD = "shiftwise"
+"""The name under which libraries know this package."""
 
 _ROOMS = {"transformers": "sw_transplant.hf"}
 _HOSTS: dict[str, Host] = {}
@@ -41,6 +45,15 @@ class Host(Protocol):
 
     def read(self, base_model: nn.Module, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]] | None:
         """Descriptions of the layers (:mod:`description`), and the state_dict; None where the library wrote nothing."""
+
+
+def is_host_folder(folder: Path) -> bool:
+    """Whether a folder holds a converted model that its library wrote; no library is needed to tell."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == METHOD)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def add_host(library: str, host: Host) -> None:

@@ -44,6 +44,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     for host in hosts_of(model):
         if host.saves(model):
             host.save(model, target)
+            (target / CONFIG_NAME).unlink(missing_ok=True)  # of an earlier model in this folder
             return
     tensors, shared = _distinct(model)
     target.mkdir(parents=True, exist_ok=True)
