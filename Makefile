@@ -3,32 +3,38 @@ PYTHON ?= python3
 VENV ?= .venv
 # More options for pip, for instance another index that holds CPU-only wheels of PyTorch.
 PIP_FLAGS ?=
-# More options for pytest, for instance PYTEST_FLAGS="-m 'not slow'".
+# Processes that share the tests, each with one thread of PyTorch.
+JOBS ?= 2
+# More options for pytest, for instance PYTEST_FLAGS="-k toeplitz".
 PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadgroup --durations=10 $(PYTEST_FLAGS)
 SOURCES := sw_transplant tests examples benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint pytest clean
+.PHONY: help demo test test-all lint pytest clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Convert a trained network and show that it still gives the same answers
 	$(BIN)/python examples/demo.py
 
-test: lint pytest ## Lint, type check and run every test
+test: lint pytest ## Lint, type check and test: minutes
+
+test-all: lint ## The same with the tests that take long: hours
+	SW_EXHAUSTIVE=1 $(PYTEST)
 
 lint: $(VENV)/.test ## Check style, formatting and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
-pytest: $(VENV)/.test ## Run every test
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+pytest: $(VENV)/.test ## Test without lint and types
+	$(PYTEST)
 
 clean: ## Remove the environment, builds and caches
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -32,8 +32,8 @@ from report import (
 )
 from torch import Tensor, nn
 
+from sw_transplant import convert
 from sw_transplant.forms import FORMS
-from sw_transplant.surgery import convert
 
 NATIVE = {"native": "contiguous", "native cl": "channels_last"}
 FORWARD, BACKWARD = "forward", "forward+backward"

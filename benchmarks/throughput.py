@@ -44,8 +44,8 @@ from report import (
 )
 from torch import Tensor, nn
 
+from sw_transplant import convert
 from sw_transplant.forms import FORMS
-from sw_transplant.surgery import convert
 
 MODELS = [
     "slak_tiny",

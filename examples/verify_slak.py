@@ -3,8 +3,8 @@
     python examples/verify_slak.py --checkpoint slak_tiny.pth --data imagenet/val --device cuda --batch-size 128
 
 The checkpoints are those of the authors of SLaK. The data is a folder with one folder of images per class, such as
-ImageNet's val, or an .npz (see sw_transplant.images.load_images). Networks of other sizes than the published ones,
-and other preprocessing, are described in a JSON file for --config, of which either part may be left out:
+ImageNet's val, or an .npz (see sw_transplant.check.images.load_images). Networks of other sizes than the published
+ones, and other preprocessing, are described in a JSON file for --config, of which either part may be left out:
 
     {"model": {"depths": [2, 2, 4, 2], "dims": [24, 48, 96, 160], "width_factor": 1.0, "num_classes": 10},
      "input": {"shape": [3, 96, 96], "mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]}}

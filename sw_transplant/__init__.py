@@ -5,6 +5,7 @@ converted = sw.convert(model)              # the same function, large kernels as
 print(sw.verify(model, converted))
 """
 
+import sw_transplant.interrupts  # before the seconds that PyTorch takes to import
 import sw_transplant.science.presets  # noqa: F401  names the configurations of SWConfig.preset
 from sw_transplant.check.verify import verify
 from sw_transplant.config import SWConfig

@@ -33,6 +33,8 @@ class SWConfig:
         edges: E, how many orders place the tiles. ``None``: 1 in mode ``"laid_out"``, 4 (the paper's) in mode
             ``"shiftwise"``. More than 1 in mode ``"laid_out"`` adds edges of random order with a gain of 0: the
             function stays the same until training makes them grow.
+        merge_parallel: replace a module whose forward is a sum of parallel convolutions (and BatchNorms) as a whole;
+            False replaces the convolutions one by one.
         paths, ghost, seed: of mode ``"shiftwise"`` only: the paper's 2 parallel banks, its fraction 0.23 of channels
             that bypass the module, and the seed of everything that is drawn.
 
@@ -45,6 +47,7 @@ class SWConfig:
     tile: int | None = None
     form: Form = "auto"
     edges: int | None = None
+    merge_parallel: bool = True
     paths: int = 2
     ghost: float = 0.23
     seed: int = 123
@@ -57,6 +60,8 @@ class SWConfig:
         for name in ("min_kernel", "paths"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"SWConfig.{name}: got {getattr(self, name)!r}, expected an integer of at least 1")
+        if not isinstance(self.merge_parallel, bool):
+            raise ValueError(f"SWConfig.merge_parallel: got {self.merge_parallel!r}, expected True or False")
         if not isinstance(self.ghost, float | int) or not 0 <= self.ghost < 1:
             raise ValueError(f"SWConfig.ghost: got {self.ghost!r}, expected a fraction from 0 to below 1")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:

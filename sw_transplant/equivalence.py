@@ -3,6 +3,7 @@
 Pure tensor mathematics. A kernel of kh x kw taps splits into ceil(kh/n) x ceil(kw/n) square tiles of side n, filled
 with zeros where n does not divide the kernel, placed n apart. Putting the tiles back at their placements gives the
 kernel again. (Paper, section "Method", key design 1: an M x N strip equals ceil(M/N) small filters with offsets.)
+docs/design/equivalence.md has the index formula and an example.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def assembly_index(placements: Tensor, tiles: int, tile: int, kernel_size: tuple
     table = placements.detach().cpu().long().reshape(-1, *placements.shape[-2:])  # (G, P, 3)
     groups, rows, _ = table.shape
     none = tiles * tile * tile
-    steps = torch.arange(tile)
+    host = table.device  # and not the default device, which may be another one
+    steps = torch.arange(tile, device=host)
     which, dy, dx = table.unbind(-1)
     y = (dy[..., None] + steps)[..., :, None].expand(groups, rows, tile, tile)
     x = (dx[..., None] + steps)[..., None, :].expand(groups, rows, tile, tile)
@@ -100,13 +102,13 @@ def assembly_index(placements: Tensor, tiles: int, tile: int, kernel_size: tuple
     # Taps that meet in one place get ranks 0, 1, ... in the order of the placements: a stable sort by place.
     order = target.argsort(dim=1, stable=True)
     target, source = target.gather(1, order), source.gather(1, order)
-    place = torch.arange(target.shape[1]).expand_as(target)
+    place = torch.arange(target.shape[1], device=host).expand_as(target)
     first = torch.searchsorted(target.contiguous(), target.contiguous())
     rank = place - first
     valid = target < kh * kw
     depth = int(rank[valid].max()) + 1 if bool(valid.any()) else 1
-    index = torch.full((groups, depth, kh * kw), none, dtype=torch.int64)
-    group = torch.arange(groups)[:, None].expand_as(target)
+    index = torch.full((groups, depth, kh * kw), none, dtype=torch.int64, device=host)
+    group = torch.arange(groups, device=host)[:, None].expand_as(target)
     index[group[valid], rank[valid], target[valid]] = source[valid]
     return index.to(placements.device)
 

@@ -8,6 +8,10 @@ import pytest
 # Threads that wait for each other shall sleep, not spin: on a busy machine spinning takes the others' time. To be set
 # before PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; those that they start inherit it
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+EXHAUSTIVE = os.environ.get("SW_EXHAUSTIVE") == "1"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -20,10 +24,23 @@ def shared() -> Path:
     return SHARED
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out what takes many minutes, visibly, unless it is asked for."""
-    if os.environ.get("SW_EXHAUSTIVE") == "1":
-        return
-    for item in items:
-        if item.get_closest_marker("exhaustive"):
-            item.add_marker(pytest.mark.skip(reason="takes many minutes: set SW_EXHAUSTIVE=1"))
+def pytest_report_header() -> str:
+    return f"exhaustive tests: {'run too' if EXHAUSTIVE else 'left out, SW_EXHAUSTIVE=1 runs them too'}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the many that take long, unless they are asked for."""
+    left_out = [] if EXHAUSTIVE else [item for item in items if item.get_closest_marker("exhaustive")]
+    if left_out:
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what needs a GPU: here, because the summary then has one line for all of them."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("marked gpu: needs a CUDA device")

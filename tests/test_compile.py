@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -15,9 +16,15 @@ from sw_transplant.check.verify import bound_for
 from sw_transplant.forms.dispatch import FEW_IMAGES
 from sw_transplant.models import SLaK
 from tests.runtime_models import CHANNELS, FORMS, LAYERS, error, gradients, images, joined, layer, network
+from tests.sampling import sample
 
 BOUND = bound_for(torch.float32)
-MODES = pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+TRAIN = (False, True)
+
+
+def mode(value: object) -> str | None:
+    """The name of a value of TRAIN, for the ids of cases."""
+    return {True: "train", False: "eval"}.get(value) if isinstance(value, bool) else None
 
 
 @pytest.fixture(autouse=True)
@@ -65,11 +72,15 @@ def check_batches(model: nn.Module, backend: str, *inputs: Tensor) -> None:
 # ---- torch.compile --------------------------------------------------------------------------------------------------
 
 
+DEPTHS = ((1, 1, 1, 1), (2, 2, 6, 2))
 BATCHES = (2, 3, 15)  # from 16 on PyTorch's own convolutions get a second graph on a CPU
 
 
-@MODES
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "train"),
+    sample(product(FORMS, TRAIN), [("auto", True), ("shift", False), ("gemm", False), ("toeplitz", True)]),
+    ids=mode,
+)
 def test_one_graph_serves_every_batch(form: str, train: bool) -> None:
     check_batches(network(form).train(train), "aot_eager", *map(images, BATCHES))
 
@@ -87,35 +98,33 @@ def test_few_and_many_images_are_one_graph() -> None:
     assert decided == {"gemm", "assembled"}
 
 
-@pytest.mark.parametrize(("form", "train"), [("toeplitz", True), ("gemm", False)])
-def test_one_graph_serves_every_batch_in_generated_code(form: str, train: bool) -> None:
-    check_batches(layer("strips", form).train(train), "inductor", images(2, CHANNELS), images(3, CHANNELS))
+def test_one_graph_serves_every_batch_in_generated_code() -> None:
+    check_batches(layer("strips", "toeplitz").train(), "inductor", images(2, CHANNELS), images(3, CHANNELS))
 
 
 @pytest.mark.exhaustive
-@MODES
+@pytest.mark.parametrize("train", TRAIN, ids=mode)
 @pytest.mark.parametrize("form", FORMS)
 def test_one_graph_in_generated_code_in_every_form(form: str, train: bool) -> None:
     check_batches(network(form).train(train), "inductor", *map(images, BATCHES))
 
 
-@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["eval", "train"])
+@pytest.mark.parametrize("train", sample(TRAIN, [True]), ids=mode)
 def test_a_whole_model(train: bool) -> None:
     torch.manual_seed(0)
     model = SLaK(kernel_size=(13, 11, 9, 7, 5), depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), num_classes=5)
     check_batches(convert(model).train(train), "aot_eager", *(images(batch, 3, (40, 48)) for batch in (2, 3)))
 
 
-@pytest.mark.slow
-@MODES
-def test_a_model_of_timm(train: bool) -> None:
+@pytest.mark.parametrize(("depths", "train"), sample(product(DEPTHS, TRAIN), [((1, 1, 1, 1), False)]), ids=mode)
+def test_a_model_of_timm(depths: tuple[int, ...], train: bool) -> None:
     timm = pytest.importorskip("timm", reason="needs the timm extra")
     torch.manual_seed(0)
-    model = convert(timm.create_model("convnext_atto", ls_init_value=None)).train(train)
+    model = convert(timm.create_model("convnext_atto", depths=depths, ls_init_value=None)).train(train)
     check_batches(model, "aot_eager", *(images(batch, 3, (64, 64)) for batch in (2, 3)))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", sample(FORMS, ["auto", "shift"]))
 def test_another_map_size(form: str) -> None:
     """Square and oblong, odd and even, beyond the limits between the forms: as many graphs as it takes."""
     model = layer("strips", form)
@@ -125,7 +134,7 @@ def test_another_map_size(form: str) -> None:
         assert_same(compiled, model, uncompiled, images(2, CHANNELS, size))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", sample(FORMS, ["auto", "toeplitz"]))
 def test_changes_after_compiling_are_seen(form: str) -> None:
     """Compiled code reads the weights at each call, whatever the uncompiled model has cached by then."""
     model, x = layer("strips", form), images(2, CHANNELS)
@@ -159,14 +168,16 @@ def test_autocast_inside_and_outside_of_compiled_code() -> None:
 # ---- torch.export, torch.jit.trace, ONNX ----------------------------------------------------------------------------
 
 
+EXPORTED = [("strips", "auto"), ("square", "shift"), ("paper", "gemm"), ("strips", "toeplitz"), ("square", "assembled")]
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_merged_layer_exports_with_any_batch(name: str, strict: bool) -> None:
     assert_exports(merge(layer(name)), strict)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "form"), sample(product(LAYERS, FORMS), EXPORTED))
 def test_a_converted_layer_exports_with_any_batch(name: str, form: str) -> None:
     model = layer(name, form)
     with torch.no_grad():
@@ -195,7 +206,7 @@ def test_a_merged_layer_is_traced_by_jit(name: str) -> None:
             assert error(traced(x), model(x)) <= BOUND
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", sample(LAYERS, ["strips", "square"]))
 def test_a_merged_layer_exports_to_onnx(name: str, tmp_path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the onnx extra and onnxruntime")
     pytest.importorskip("onnxscript", reason="needs the onnx extra")

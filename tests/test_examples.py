@@ -1,22 +1,30 @@
-"""The examples, each run as a user runs it: a process of its own that finds only the installed package."""
+"""The examples, each run once as a user runs it: a process of its own that finds only the installed package.
+
+What else they can do is tested in this process, most of it on few digits: the imports alone take longer.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from torch import nn
 
+import sw_transplant as sw
+
+Run = Callable[..., str]
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-
-pytestmark = pytest.mark.slow
 
 
 def run(script: str, *arguments: object, cwd: Path, returns: int = 0) -> str:
@@ -32,6 +40,39 @@ def run(script: str, *arguments: object, cwd: Path, returns: int = 0) -> str:
     )
     assert process.returncode == returns, f"{process.stdout}\n{process.stderr}"
     return process.stdout if returns == 0 else process.stderr
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Like `run`, in this process."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+
+    def run_here(script: str, *arguments: object, returns: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        output = capsys.readouterr()
+        assert code == returns, f"{output.out}\n{output.err}"
+        return output.err if returns == 2 else output.out
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    yield run_here
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def few_digits(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the digits to train on, a fifth of those held out."""
+    digits = importlib.import_module("digits")
+    everything = digits.digits()
+    few = digits.Digits(*(part[:128] for part in everything[:2]), *(part[:90] for part in everything[2:]))
+    monkeypatch.setattr(digits, "digits", lambda *_: few)
 
 
 def cells(output: str, start: str) -> list[str]:
@@ -60,32 +101,23 @@ def test_demo_ends_with_the_same_answers_everywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sabotage", ["convert", "load", "merge"])
-def test_demo_fails_when_a_model_differs(tmp_path: Path, sabotage: str) -> None:
-    """A copy of the demo in which one function of the package hands out a slightly wrong model."""
-    script = tmp_path / "sabotaged.py"
-    script.write_text(
-        f"""
-import sys; sys.path.insert(0, {str(EXAMPLES)!r})
-import torch, sw_transplant as sw, demo
-honest = sw.{sabotage}
-def wrong(*args, **kwargs):
-    model = honest(*args, **kwargs)
-    with torch.no_grad():
+def test_demo_fails_when_a_model_differs(
+    here: Run, few_digits: None, monkeypatch: pytest.MonkeyPatch, sabotage: str
+) -> None:
+    """One function of the package hands out a slightly wrong model."""
+    honest = getattr(sw, sabotage)
+
+    @torch.no_grad()
+    def wrong(*arguments, **settings) -> nn.Module:
+        model = honest(*arguments, **settings)
         model.head.bias[3] += 0.01
-    return model
-sw.{sabotage} = wrong
-sys.exit(demo.main())
-"""
-    )
-    process = subprocess.run(
-        [sys.executable, script],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 1, process.stderr
-    assert "\nFAILED: converted" in process.stdout
+        return model
+
+    monkeypatch.setattr(sw, sabotage, wrong)
+    *_, failed = re.findall(r"^FAILED: (.*)$", here("demo.py", returns=1), re.MULTILINE)
+    first = {"convert": "form", "load": "saved and loaded", "merge": "and merged back"}[sabotage]
+    assert re.match(f"converted,? {first}", failed)
+    assert "control" not in failed
 
 
 def test_trained_weights_say_what_they_are() -> None:
@@ -99,13 +131,24 @@ def test_trained_weights_say_what_they_are() -> None:
     assert held_out["right_without_strips"] < held_out["right"] - 0.05 * held_out["of"]
 
 
-def test_train_writes_a_file_that_holds_the_weights(tmp_path: Path) -> None:
+def check_training(output: str, file: Path, held_out: int, at_least: float) -> None:
+    right = int(re.search(rf"held-out digits: (\d+) of {held_out} right", output).group(1))
+    assert right > at_least * held_out
+    with safe_open(file, framework="pt") as weights:
+        assert json.loads(weights.metadata()["held_out"])["right"] == right
+        assert weights.get_tensor("stages.0.0.large_kernel.LoRA1.conv.weight").shape == (16, 1, 51, 5)
+
+
+def test_train_writes_a_file_that_holds_the_weights(here: Run, few_digits: None, tmp_path: Path) -> None:
+    output = here("train_digits_slak.py", "--epochs", 2, "--output", tmp_path / "weights.safetensors")
+    assert output.count("epoch") == 2
+    check_training(output, tmp_path / "weights.safetensors", 90, 0)
+
+
+@pytest.mark.exhaustive
+def test_train_learns(tmp_path: Path) -> None:
     output = run("train_digits_slak.py", "--epochs", 1, "--output", tmp_path / "weights.safetensors", cwd=tmp_path)
-    right = int(re.search(r"held-out digits: (\d+) of 450 right", output).group(1))
-    assert right > 0.5 * 450  # chance is a tenth
-    with safe_open(tmp_path / "weights.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["held_out"])["right"] == right
-        assert file.get_tensor("stages.0.0.large_kernel.LoRA1.conv.weight").shape == (16, 1, 51, 5)
+    check_training(output, tmp_path / "weights.safetensors", 450, 0.5)  # chance is a tenth
 
 
 def test_verify_slak_asks_for_what_is_missing(tmp_path: Path) -> None:
@@ -115,7 +158,8 @@ def test_verify_slak_asks_for_what_is_missing(tmp_path: Path) -> None:
     assert "Traceback" not in error
 
 
-def test_verify_slak_on_trained_weights(tmp_path: Path, shared: Path) -> None:
+@pytest.mark.parametrize(("images", "right"), [(200, 168), pytest.param(1000, 834, marks=pytest.mark.exhaustive)])
+def test_verify_slak_on_trained_weights(here: Run, tmp_path: Path, shared: Path, images: int, right: int) -> None:
     config = {
         "model": {"depths": [2, 2, 4, 2], "dims": [24, 48, 96, 160], "width_factor": 1.0, "num_classes": 10},
         "input": {"shape": [3, 96, 96], "mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]},
@@ -127,20 +171,20 @@ def test_verify_slak_on_trained_weights(tmp_path: Path, shared: Path) -> None:
         "data": shared / "data" / "cifar10_test_1000.npz",
     }
     arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
-    output = run("verify_slak.py", *arguments, "--batch-size", 100, cwd=tmp_path)
-    assert output.count("834 of 1000 (83.40%)") == 2
+    output = here("verify_slak.py", *arguments, "--batch-size", 100, "--max-images", images)
+    assert output.count(f"{right} of {images} ({right / images:.2%})") == 2
     assert "difference: top-1 +0 images (+0.00 percentage points)" in output
     assert "another class for 0 images" in output
 
     few = ("--max-images", 20, "--dtype", "float64", "--form", "shift")
-    output = run("verify_slak.py", *arguments, *few, cwd=tmp_path)
+    output = here("verify_slak.py", *arguments, *few)
     assert "the same function on 20 images, float64 on cpu" in output
     assert output.count("auto: ") == 0
     (tmp_path / "config.json").write_text(json.dumps({**config, "input": {"crop": 3}}))
-    assert "config.json: expected" in run("verify_slak.py", *arguments, cwd=tmp_path, returns=2)
+    assert "config.json: expected" in here("verify_slak.py", *arguments, returns=2)
     del config["model"]["dims"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "does not fit SLaK" in run("verify_slak.py", *arguments, cwd=tmp_path, returns=2)
+    assert "does not fit SLaK" in here("verify_slak.py", *arguments, returns=2)
 
 
 def losses(output: str) -> list[list[str]]:
@@ -158,17 +202,19 @@ def test_huggingface_classifier_learns_like_the_original(tmp_path: Path) -> None
     assert output.endswith("saved and loaded: the same, bit for bit\nOK\n")
 
 
-def test_huggingface_frozen_backbone_of_a_local_segmentation_model(tmp_path: Path, upernet: nn.Module) -> None:
+def test_huggingface_frozen_backbone_of_a_local_segmentation_model(
+    here: Run, tmp_path: Path, upernet: nn.Module
+) -> None:
     upernet.save_pretrained(tmp_path / "upernet")
-    output = run("convert_huggingface.py", "upernet", "--steps", 2, "--freeze-backbone", cwd=tmp_path)
+    output = here("convert_huggingface.py", "upernet", "--steps", 2, "--freeze-backbone")
     assert len(re.findall(r"backbone\S+dwconv\.weight +none +none", output)) == 4
     (_, first, _), (_, second, _) = losses(output)
     assert first != second
     assert output.endswith("OK\n")
 
 
-def test_huggingface_refuses_what_is_no_model(tmp_path: Path) -> None:
-    assert "has no config.json" in run("convert_huggingface.py", tmp_path, cwd=tmp_path, returns=2)
+def test_huggingface_refuses_what_is_no_model(here: Run, tmp_path: Path) -> None:
+    assert "has no config.json" in here("convert_huggingface.py", tmp_path, returns=2)
 
 
 @pytest.fixture
@@ -186,11 +232,19 @@ def upernet() -> nn.Module:
     return transformers.UperNetForSemanticSegmentation(config)
 
 
-def test_the_papers_module_recovers_by_fine_tuning(tmp_path: Path) -> None:
-    output = run("finetune_shiftwise.py", "--epochs", 1, cwd=tmp_path)
+def check_fine_tuning(output: str, held_out: int, recovers_to: float) -> None:
     right = [int(count) for count in re.findall(r"^  \D+?(?:epoch 1)?\s+(\d+)(?:$|   \()", output, re.MULTILINE)]
     original, converted, *_ = right
-    assert original > 0.97 * 450
-    assert converted > 0.8 * 450
+    assert original > 0.97 * held_out
+    assert converted > 0.8 * held_out
     assert "3x51 + 51x3 + 3x3" in output
-    assert int(re.findall(r"plain convolutions (\d+)", output)[0]) > 0.9 * 450
+    assert int(re.findall(r"plain convolutions (\d+)", output)[0]) > recovers_to * held_out
+
+
+def test_the_papers_module_is_fine_tuned(here: Run, few_digits: None) -> None:
+    check_fine_tuning(here("finetune_shiftwise.py", "--epochs", 1), 90, 0.8)
+
+
+@pytest.mark.exhaustive
+def test_the_papers_module_recovers_by_fine_tuning(tmp_path: Path) -> None:
+    check_fine_tuning(run("finetune_shiftwise.py", "--epochs", 1, cwd=tmp_path), 450, 0.9)

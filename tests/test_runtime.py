@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from sw_transplant import ShiftwiseConv2d, SWConfig, convert
 from sw_transplant.check.verify import BOUNDS
 from sw_transplant.forms import FORMS as EXECUTION_FORMS
 from sw_transplant.forms.dispatch import FEW_IMAGES
+from sw_transplant.layers.plan import Planner
 from tests.runtime_models import (
     CHANNELS,
     FORMS,
@@ -239,16 +239,15 @@ def test_another_thread_may_call_in_between(monkeypatch: pytest.MonkeyPatch) -> 
     module, x, other = layer("strips", "gemm"), maps(), maps(2, (7, 9))
     with torch.no_grad():
         expected = copy.deepcopy(module)(x)
-    store = nn.Module.__setattr__
 
-    def interrupted(self: nn.Module, name: str, value: object) -> None:
-        store(self, name, value)
-        if self is module and name == "_cache" and value is not None:
-            monkeypatch.setattr(nn.Module, "__setattr__", store)
+    def interrupted(self: Planner, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        if self is module._planner and name == "_kept" and value is not None:
+            monkeypatch.delattr(Planner, "__setattr__")
             with torch.no_grad():
                 module(other)
 
-    monkeypatch.setattr(nn.Module, "__setattr__", interrupted)
+    monkeypatch.setattr(Planner, "__setattr__", interrupted, raising=False)
     with torch.no_grad():
         got = module(x)
     assert got.shape == expected.shape
@@ -495,37 +494,18 @@ def test_a_copy_has_weights_of_its_own(way: str, form: str) -> None:
     assert torch.equal(model(x), before)
 
 
-def _run_elsewhere(_: int, models: dict[str, nn.Module], x: Tensor, file: Path) -> None:
-    with torch.no_grad():
-        torch.save({form: model(x) for form, model in models.items()}, file)
-
-
-@torch.no_grad()
-def test_a_spawned_process_gets_the_model_with_a_warm_cache(tmp_path: Path) -> None:
-    models, x = {form: network(form) for form in FORMS}, images(2)
-    expected = {form: model(x) for form, model in models.items()}
-    torch.multiprocessing.spawn(_run_elsewhere, (models, x, tmp_path / "outputs.pt"), nprocs=1)
-    for form, y in torch.load(tmp_path / "outputs.pt").items():
-        assert error(y, expected[form]) <= BOUND
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def distributed_models() -> dict[str, nn.Module]:
     """Models in train mode without a BatchNorm, and in eval mode with one: no number depends on the rest of a batch."""
     plain = {f"{form}, train": network(form, norm=False, dtype=torch.float64).train() for form in FORMS}
     return {**plain, **{f"{form}, eval": network(form, dtype=torch.float64) for form in FORMS}}
 
 
-def _train_together(rank: int, port: int, folder: Path) -> None:
+def _run_elsewhere(rank: int, models: dict[str, nn.Module], folder: Path) -> None:
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    with torch.no_grad():
+        torch.save({form: model(images(2)) for form, model in models.items()}, folder / f"outputs{rank}.pt")
+    meeting = f"file://{folder / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     results = {}
     for name, model in distributed_models().items():
         parallel = nn.parallel.DistributedDataParallel(model)
@@ -535,15 +515,31 @@ def _train_together(rank: int, port: int, folder: Path) -> None:
             parallel(images(6).double().chunk(2)[rank]).square().sum().backward()
             optimizer.step()
         results[name] = gradients(model)
-    torch.save(results, folder / f"{rank}.pt")
+    torch.save(results, folder / f"gradients{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_get_the_gradients_of_the_joined_batch(port: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """What two spawned processes wrote, which got models that had run; and what these gave in this process."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
-    torch.multiprocessing.spawn(_train_together, (port, tmp_path), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    folder = tmp_path_factory.mktemp("processes")
+    models = {form: network(form) for form in FORMS}
+    with torch.no_grad():
+        outputs = {form: model(images(2)) for form, model in models.items()}
+    torch.multiprocessing.spawn(_run_elsewhere, (models, folder), nprocs=2)
+    return folder, outputs
+
+
+def test_a_spawned_process_gets_the_model_with_a_warm_cache(two_processes: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, expected = two_processes
+    for form, y in torch.load(folder / "outputs0.pt").items():
+        assert error(y, expected[form]) <= BOUND
+
+
+def test_two_processes_get_the_gradients_of_the_joined_batch(two_processes: tuple[Path, dict[str, Tensor]]) -> None:
+    first, second = (torch.load(two_processes[0] / f"gradients{rank}.pt") for rank in range(2))
     for name, model in distributed_models().items():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         for _ in range(2):

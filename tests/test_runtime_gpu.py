@@ -15,13 +15,10 @@ from sw_transplant import ShiftwiseConv2d, summary, tune
 from sw_transplant.check.verify import BOUNDS, TF32_BOUND, bound_for
 from sw_transplant.cuda import launch
 from sw_transplant.forms import FORMS as EXECUTION_FORMS
-from sw_transplant.ops import toeplitz as operator
+from sw_transplant.ops import toeplitz_selftest
 from tests.runtime_models import CHANNELS, FORMS, LAYERS, error, gradients, images, joined, layer, network, original
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 every_form = pytest.mark.parametrize("form", FORMS)
 every_layer = pytest.mark.parametrize("name", LAYERS)
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -325,7 +322,7 @@ def test_a_compiled_training_step(form: str, mode: str) -> None:
 @torch.no_grad()
 def test_auto_says_what_it_takes_and_why() -> None:
     module = layer("strips").cuda()
-    kernels = not operator.why_no_kernel(torch.cuda.current_device())
+    kernels = not toeplitz_selftest.why_no_kernel(torch.cuda.current_device())
     for dtype, size, form in (
         (torch.float32, SMALL, "gemm"),
         (torch.float32, LARGE, "toeplitz" if kernels else "assembled"),
@@ -357,7 +354,7 @@ def test_a_form_that_cannot_run_is_replaced_and_said_so(name: str) -> None:
 @pytest.fixture
 def _asked_anew() -> Iterator[None]:
     """Whether kernels run is asked once; here again, and after the test."""
-    asked = (launch.is_available, operator._why_no_kernel, operator.self_test)
+    asked = (launch.is_available, toeplitz_selftest._why_no_kernel, toeplitz_selftest.self_test)
     for question in asked:
         question.cache_clear()
     yield

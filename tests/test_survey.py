@@ -1,6 +1,6 @@
 """Which of timm's large-kernel models convert, and whether they stay the same function.
 
-A sample runs with the slow tests. With SW_SURVEY=all every model does (an hour); or, to be able to interrupt it,
+A sample runs with the other tests, every model with the exhaustive ones (an hour); or, to be able to interrupt it,
 
     python -m tests.test_survey --out survey.jsonl
 
@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from torch import nn
 from sw_transplant import NoLargeKernelError, convert, inspect_model
 from sw_transplant.check.verify import bound_for
 from tests.acceptance import largest_error, randomise, shiftwise_layers, with_form
+from tests.sampling import sample
 
-# Small members of families that are not in the table of acceptance.py, or other members of those that are.
+# Small members of families that are not in the table of acceptance.py, and other members of those that are.
 SAMPLE = (
     "caformer_s18",
     "coat_tiny",
@@ -42,8 +44,23 @@ SAMPLE = (
     "test_mambaout",
     "tf_mixnet_s",
 )
+UNLIKE_OTHERS = ("caformer_s18", "coatnext_nano_rw_224", "csatv2", "rdnet_tiny", "test_mambaout")
 SIZES = (96, 128, 160, 192, 224, 256)
-ALL = os.environ.get("SW_SURVEY") == "all"
+# The files of timm that are known to have such models.
+KNOWN = {
+    *(
+        "coat",
+        "convmixer",
+        "convnext",
+        "csatv2",
+        "edgenext",
+        "efficientnet",
+        "efficientvit_msra",
+        "fastvit",
+        "focalnet",
+    ),
+    *("iformer", "inception_next", "mambaout", "maxxvit", "metaformer", "nasnet", "pnasnet", "rdnet", "starnet"),
+}
 
 
 def large_depthwise(model: nn.Module) -> list[str]:
@@ -55,15 +72,20 @@ def large_depthwise(model: nn.Module) -> list[str]:
     ]
 
 
-def timm_names() -> list[str]:
-    """timm's own models, without those that other packages registered with it."""
-    return [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("timm.")]
+def timm_names() -> dict[str, list[str]]:
+    """timm's own models by the file that has them, without those that other packages registered with it."""
+    files = defaultdict(list)
+    for name in timm.list_models():
+        package, _, file = model_entrypoint(name).__module__.rpartition(".")
+        if package == "timm.models":
+            files[file].append(name)
+    return files
 
 
-def large_kernel_models() -> list[str]:
-    """timm's models with a large depthwise convolution, found without allocating their weights."""
+def large_kernel_models(names: Iterable[str]) -> list[str]:
+    """Those with a large depthwise convolution, found without allocating their weights."""
     found = []
-    for name in timm_names():
+    for name in names:
         with torch.device("meta"):
             model = timm.create_model(name)
         if large_depthwise(model):
@@ -150,8 +172,7 @@ def _first_that_runs(name: str, model: nn.Module, dtype: torch.dtype) -> torch.T
     raise ValueError(f"{name}: no size to try, expected at least its default")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", sample(SAMPLE, UNLIKE_OTHERS))
 def test_sample_stays_the_same(name):
     record = survey(name)
     assert record["verdict"] == "same", record
@@ -160,11 +181,11 @@ def test_sample_stays_the_same(name):
     assert not record["unexplained"], "a large depthwise convolution is neither converted nor reported"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not ALL, reason="takes an hour; set SW_SURVEY=all")
-def test_every_large_kernel_model_stays_the_same():
-    names = large_kernel_models()
-    assert len(names) > 100, "timm 1.0.31 has 135"
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("file", timm_names())
+def test_every_large_kernel_model_stays_the_same(file):
+    names = large_kernel_models(timm_names()[file])
+    assert names or file not in KNOWN
     failures = {}
     for name in names:
         record = survey(name)
@@ -182,7 +203,7 @@ def main() -> None:
     known = {}
     if arguments.out.exists():
         known = {record["name"]: record for record in map(json.loads, arguments.out.read_text().splitlines())}
-    for name in arguments.names or large_kernel_models():
+    for name in arguments.names or large_kernel_models(chain(*timm_names().values())):
         if name in known:
             continue
         try:

@@ -18,6 +18,7 @@ from sw_transplant import __version__
 from sw_transplant.cli.commands import Result, run_convert, run_inspect, run_verify
 from sw_transplant.cli.load_model import InputError, one_line
 from sw_transplant.config import Form, SWConfig
+from sw_transplant.interrupts import Stopped, stopped_by_signals
 from sw_transplant.surgery.io import CONFIG_NAME, WEIGHTS_NAME
 
 BAD_INPUT, BUG, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
@@ -34,11 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 fine, 1 beyond verify's bound, 2 bad input, 3 an unexpected exception (its traceback is on
-        stderr), 130 interrupted, 141 nobody reads the output.
+        stderr), 130 interrupted, 141 nobody reads the output, 143 terminated. Signals are taken over until it returns,
+        in the main thread, even ignored ones.
 
     Raises:
         SystemExit: code 0, after ``--help`` and ``--version``.
     """
+    try:
+        with stopped_by_signals():
+            return _run(argv)
+    except Stopped as stop:
+        return stop.exit_code
+    except KeyboardInterrupt:  # raised by code of the model, or in another thread
+        return INTERRUPTED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = argparse.Namespace(traceback=False)
     try:
         _parser().parse_args(argv, arguments)
@@ -47,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write(result.text, sys.stderr if arguments.json else sys.stdout)
         if arguments.json:
             _write(json.dumps(result.values, indent=2, allow_nan=False), sys.stdout)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more when it ends
         return BROKEN_PIPE

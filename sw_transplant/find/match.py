@@ -63,6 +63,11 @@ class Match:
     parameters_after: int
     edges: int = 1
 
+    @property
+    def geometries(self) -> tuple[BranchGeometry, ...]:
+        """Those of the branches."""
+        return tuple(branch.geometry for branch in self.branches)
+
     def to_dict(self) -> dict[str, Any]:
         """The match, ready for JSON."""
         return asdict(self)

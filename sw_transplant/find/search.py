@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from sw_transplant.config import SWConfig
-from sw_transplant.equivalence import choose_tile
+from sw_transplant.find.code import reached, switches
+from sw_transplant.find.describe import channels_of, describe, stride_of
 from sw_transplant.find.linear import LinearBranch, NotLinearError, linear_branches
-from sw_transplant.find.match import Inspection, Match, Skipped, SourceBranch, join_path
+from sw_transplant.find.match import Inspection, Match, Skipped, join_path
+from sw_transplant.find.proof import difference
 from sw_transplant.find.rules import (
     conv_geometry,
+    has_own_forward,
     interference,
     is_depthwise,
     kernel_of,
     looks_like_conv,
+    overridden,
     reason_against,
 )
-from sw_transplant.find.shared import reason_against_sharing, shared_parameters
+from sw_transplant.find.select import Select, selector
+from sw_transplant.find.shared import reason_against_sharing
+from sw_transplant.find.traces import attributes_of
 from sw_transplant.geometry import Size
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
-
-Select = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
-"""Which layers to convert: glob patterns of paths (a pattern also selects all below what it names), or a function of
-path and module; None selects all."""
 
 
 def inspect_model(model: nn.Module, config: SWConfig | None = None, *, select: Select = None) -> Inspection:
@@ -71,7 +75,9 @@ class _Search:
         self.sums: dict[nn.Module, list[LinearBranch] | NotLinearError] = {}
         self.claimed: set[nn.Module] = set()  # all modules of a site, of a Shiftwise or of a TorchScript module
         self.sites: dict[nn.Module, list[LinearBranch]] = {}
+        self.proofs: dict[Any, str | None] = {}  # what the proof of such a site has found
         self.left: list[tuple[nn.Module, Skipped]] = []
+        self.kept_apart: set[nn.Module] = set()  # sums whose convolutions are replaced one by one
 
     def run(self) -> Inspection:
         converted = []
@@ -87,7 +93,7 @@ class _Search:
                 self._consider_conv(module)
             elif not isinstance(module, ParametrizationList):  # reported with the layer that it belongs to
                 self._consider_functional(module)
-        matches = [self._match(site, branches) for site, branches in self.sites.items()]
+        matches = [self._described(site, branches) for site, branches in self.sites.items()]
         skipped = [entry for module, entry in self.left if module not in self.claimed]
         if self.config.mode == "shiftwise":
             reasons = {match: reason_against_sharing(match) for match in matches}
@@ -105,7 +111,7 @@ class _Search:
         if not self._is_large(conv):
             if is_depthwise(conv) and max(kernel) > 1:
                 self._leave(conv, kernel, f"kernel smaller than min_kernel = {self.config.min_kernel}")
-        elif reason := reason_against(conv) or self._shared_parameters(conv):
+        elif reason := reason_against(conv) or self._shared_parameters(conv) or reached(conv, self._holders(conv)):
             self._leave(conv, kernel, reason)
         elif not self.selected(self.modules[conv], conv):
             self._leave(conv, kernel, "left out by select")
@@ -114,7 +120,11 @@ class _Search:
             bias = None if conv.bias is None else "bias"
             stride = (conv.stride[0], conv.stride[1])
             channels = (conv.in_channels, conv.out_channels)
-            self._claim(conv, [LinearBranch("weight", bias, None, conv_geometry(conv), stride, channels)])
+            branches = [LinearBranch("weight", bias, None, conv_geometry(conv), stride, channels)]
+            if has_own_forward(conv) and (reason := self._disproof(conv, branches)):
+                self._leave(conv, kernel, f"class {type(conv).__name__} has a forward of its own: {reason}")
+            else:
+                self._claim(conv, branches)
 
     def _consider_functional(self, module: nn.Module) -> None:
         """A module of another class that holds a parameter of the shape of a large depthwise kernel."""
@@ -132,6 +142,10 @@ class _Search:
             self._leave(module, kernel, reason_)
         elif not self.selected(self.modules[module], module):
             self._leave(module, kernel, "left out by select")
+        elif len(branches) > 1 and not self.config.merge_parallel:
+            self._leave(module, kernel, "its forward is a sum, and merge_parallel is False")
+        elif reason_ := self._disproof(module, branches):
+            self._leave(module, kernel, reason_)
         else:
             self._claim(module, branches)
 
@@ -152,14 +166,54 @@ class _Search:
     def _claim(self, module: nn.Module, branches: list[LinearBranch]) -> None:
         """Takes the module around the candidate whose forward is the largest sum of parallel branches, else itself."""
         site = module
-        for caller in self._callers(module):
-            above = self._sum(caller)
-            if isinstance(above, NotLinearError) or self._reason_against_sum(caller, above):
-                break
-            if len(above) > len(branches):
+        for caller, above in reversed(self._sums_around(module, branches)):
+            reason = self._reason_against_sum(caller, above) or self._disproof(caller, above)
+            if reason is None:
                 site, branches = caller, above
+                break
+            if caller not in self.kept_apart:
+                self.kept_apart.add(caller)
+                kernel = max(b.geometry.kernel_size for b in above)
+                self._leave(caller, kernel, f"not replaced as one sum, but its convolutions one by one: {reason}")
         self.sites[site] = branches
         self.claimed.update(site.modules())
+
+    def _sums_around(
+        self, module: nn.Module, branches: list[LinearBranch]
+    ) -> list[tuple[nn.Module, list[LinearBranch]]]:
+        """The modules above that are sums of ever more branches, nearest first."""
+        larger: list[tuple[nn.Module, list[LinearBranch]]] = []
+        for caller in self._callers(module) if self.config.merge_parallel else ():
+            above = self._sum(caller)
+            if isinstance(above, NotLinearError):
+                break
+            if len(above) > len(larger[-1][1] if larger else branches):
+                larger.append((caller, above))
+        return larger
+
+    def _disproof(self, site: nn.Module, branches: list[LinearBranch]) -> str | None:
+        """What the site does beside the sum that was read, found by running a copy; None for nothing.
+
+        Sites that are made alike are tried once.
+        """
+        key = _likeness(site, branches)
+        if key not in self.proofs:
+            self.proofs[key] = difference(site, replace(self._described(site, branches), edges=1))
+        return self.proofs[key]
+
+    def _described(self, site: nn.Module, branches: list[LinearBranch]) -> Match:
+        paths = [path for _, path in self.places[site] if path != self.modules[site]]
+        return describe(site, [self.modules[site], *paths], branches, self.config)
+
+    def _holders(self, module: nn.Module) -> list[nn.Module]:
+        """All modules around one, in every place that holds it, nearest first."""
+        found: dict[nn.Module, None] = {}
+        waiting = [module]
+        while waiting:
+            parents = [parent for parent, _ in self.places[waiting.pop(0)] if parent is not None]
+            waiting += [parent for parent in parents if parent not in found]
+            found.update(dict.fromkeys(parents))
+        return list(found)
 
     def _callers(self, module: nn.Module) -> Iterator[nn.Module]:
         """The modules above, nearest first, without containers; ends where a module is held in several places."""
@@ -189,6 +243,15 @@ class _Search:
                 return f"its part {self.modules[inner]} is also used elsewhere"
             if looks_like_conv(inner) and self._is_large(inner) and not self.selected(self.modules[inner], inner):
                 return f"its part {self.modules[inner]} is left out by select"
+        named = [name for b in branches for name in (b.weight, b.bn) if name is not None]
+        if twice := next((name for name in named if named.count(name) > 1), ""):
+            return f"its forward uses {twice} twice"
+        vanishing = [inner for inner in inside if not isinstance(inner, _BatchNorm)]
+        for inner in vanishing:
+            if reason := overridden(inner) or switches(inner):
+                return reason
+        if reason := reached(module, self._holders(module)):
+            return reason
         used = {name for b in branches for name in (b.weight, b.bias) if name is not None}
         used |= {
             f"{b.bn}.{name}" for b in branches if b.bn for name, _ in module.get_submodule(b.bn).named_parameters()
@@ -198,11 +261,11 @@ class _Search:
             return f"it holds parameters that its forward does not use: {sorted(held - used)[:3]}"
         if len({(p.dtype, p.device) for p in module.parameters()}) > 1:
             return "its parameters differ in dtype or device"
-        convolutions = [b for b in branches if b.weight is not None]
-        if len({(b.stride, b.channels) for b in convolutions}) != 1:
+        sources = [b for b in branches if b.weight is not None]
+        if len({(b.stride, b.channels) for b in sources}) != 1:
             return "its convolutions differ in stride or channels"
-        stride, channels = _stride(convolutions), _channels(convolutions)
-        if len(convolutions) < len(branches) and (stride != (1, 1) or channels[0] != channels[1]):
+        stride, channels = stride_of(sources), channels_of(sources)
+        if len(sources) < len(branches) and (stride != (1, 1) or channels[0] != channels[1]):
             return "it adds its input to a convolution that changes the size or the channels"
         if stride != (1, 1) and any(b.geometry.padding == "same" for b in branches):
             return "its padding depends on the size of the map"
@@ -216,53 +279,18 @@ class _Search:
                 return f"its weights are tied: {' and '.join(self.tied[parameter])} are one parameter"
         return None
 
-    # ---- the result ----
 
-    def _match(self, site: nn.Module, branches: list[LinearBranch]) -> Match:
-        convolutions = [b for b in branches if b.weight is not None]
-        largest = max((b.geometry.kernel_size for b in convolutions), key=lambda size: size[0] * size[1])
-        tile = self.config.tile or choose_tile(largest)
-        sources = tuple(
-            # A tile larger than the kernel would only add taps that stay zero.
-            SourceBranch(b.weight, b.bias, b.bn, b.geometry, self.config.tile or min(tile, max(b.geometry.kernel_size)))
-            if b.weight is not None
-            else SourceBranch(None, None, b.bn, b.geometry, tile)
-            for b in branches
-        )
-        (in_channels, out_channels), before = _channels(convolutions), sum(p.numel() for p in site.parameters())
-        taps_before = sum(b.geometry.kernel_size[0] * b.geometry.kernel_size[1] for b in convolutions)
-        taps_after = sum(
-            -(-b.geometry.kernel_size[0] // b.tile) * -(-b.geometry.kernel_size[1] // b.tile) * b.tile**2
-            for b in sources
-            if b.weight is not None
-        )
-        edges = self.config.edge_count
-        gains = len(convolutions) * edges if edges > 1 else 0
-        after = before + out_channels * (taps_after - taps_before) + gains
-        if self.config.mode == "shiftwise":
-            after = shared_parameters(out_channels, max(largest), self.config)
-        return Match(
-            path=self.modules[site],
-            aliases=tuple(path for _, path in self.places[site] if path != self.modules[site]),
-            type_name=type(site).__name__,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            stride=_stride(convolutions),
-            branches=sources,
-            parameters_before=before,
-            parameters_after=after,
-            edges=1 if self.config.mode == "shiftwise" else edges,
-        )
-
-
-def _stride(convolutions: list[LinearBranch]) -> Size:
-    stride = convolutions[0].stride
-    return (1, 1) if stride is None else stride
-
-
-def _channels(convolutions: list[LinearBranch]) -> tuple[int, int]:
-    channels = convolutions[0].channels
-    return (0, 0) if channels is None else channels
+def _likeness(site: nn.Module, branches: list[LinearBranch]) -> Any:
+    """Equal for sites that do the same on the same values: classes, settings, modes, shapes, and what reading found."""
+    parts = tuple((path, type(part), part.training) for path, part in site.named_modules())
+    shapes = tuple((name, p.shape, p.dtype, p.device) for name, p in site.named_parameters())
+    buffers = tuple(
+        (path, name, id(buffer))
+        for path, part in site.named_modules()
+        if not isinstance(part, _BatchNorm)
+        for name, buffer in part.named_buffers(recurse=False)
+    )
+    return parts, shapes, buffers, tuple(branches), tuple(sorted(attributes_of(site).items()))
 
 
 def _large_depthwise_parameter(parameters: Iterator[nn.Parameter], min_kernel: int) -> Size | None:
@@ -274,21 +302,3 @@ def _large_depthwise_parameter(parameters: Iterator[nn.Parameter], min_kernel: i
         if channels > 1 and one == 1 and max(kh, kw) >= min_kernel:
             return kh, kw
     return None
-
-
-def selector(paths: list[str], select: Select) -> Callable[[str, nn.Module], bool]:
-    if select is None:
-        return lambda path, module: True
-    if callable(select):
-        return lambda path, module: bool(select(path, module))
-    patterns = [select] if isinstance(select, str) else list(select)
-
-    def matches(path: str, pattern: str) -> bool:
-        return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
-
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise ValueError(f"select: got an entry {pattern!r}, expected glob patterns of layer paths or one function")
-        if not any(matches(path, pattern) for path in paths):
-            raise ValueError(f"select: pattern {pattern!r} names no layer of the model; see model.named_modules()")
-    return lambda path, module: any(matches(path, pattern) for pattern in patterns)

@@ -7,7 +7,8 @@ from typing import cast
 from torch import nn
 
 from sw_transplant.config import SWConfig
-from sw_transplant.find.search import Select, inspect_model
+from sw_transplant.find.search import inspect_model
+from sw_transplant.find.select import Select
 from sw_transplant.layers.branch import Branch
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.tables import render_table

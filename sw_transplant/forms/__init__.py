@@ -1,14 +1,21 @@
 """The execution forms of a Shiftwise module: exact ways to run the same sum of placed tiles.
 
 A form has two steps. ``prepare`` turns the branches into the tensors that the form multiplies with (a plan, which can
-be cached while the parameters stay the same); ``execute`` applies a plan to a feature map. To add a form, write the two
-steps, enter it in ``FORMS`` and teach :mod:`sw_transplant.forms.dispatch` when to take it.
+be cached while the parameters stay the same); ``execute`` applies a plan to a feature map. docs/design/forms.md says
+what each costs, CONTRIBUTING.md how to add one.
 
     form        prepare                                             execute
     shift       concatenates distinct banks of equal tile, dilation small convolutions, then shift and add (the paper)
     assembled   puts the tiles at their placements: large kernels   depthwise convolution with these kernels
     toeplitz    the same                                            banded Toeplitz products, in one pass
     gemm        one kernel, as a matrix over the whole map          one matrix product per channel
+
+Read in this order:
+
+    placed                         what a form is given: placed tiles, and the call
+    shift                          the paper's form
+    assembled, toeplitz, gemm      those that run large kernels
+    dispatch                       which form runs, and why
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -49,13 +49,19 @@ def add_up(branches: Sequence[Placed], call: Call, *, residual: bool) -> Sum:
 
 
 def _within_reach(kernel: DenseKernel, call: Call) -> DenseKernel:
-    """The kernel without the rows and columns that lie outside the map for every output: 47 taps are 27 at 14 x 14."""
+    """The kernel without the rows and columns that lie outside the map for every output: 47 taps are 27 at 14 x 14.
+
+    Where none is left, as under a large padding, one stays, before the map: it reads zeros, and has a gradient of zero.
+    """
     weight, origin, size = kernel.weight, list(kernel.extent.origin), list(kernel.extent.kernel_size)
     for axis in range(2):
         step, before = kernel.extent.dilation[axis], kernel.extent.origin[axis]
         furthest = (call.out_size[axis] - 1) * call.stride[axis]
-        first = min(max(0, -((furthest - before) // step)), size[axis] - 1)
-        last = min(max(first, (before + call.in_size[axis] - 1) // step), size[axis] - 1)
+        first = max(0, -((furthest - before) // step))
+        last = min((before + call.in_size[axis] - 1) // step, size[axis] - 1)
+        if first > last:
+            weight, origin[axis], size[axis] = weight.narrow(2 + axis, 0, 1), furthest + 1, 1
+            continue
         weight = weight.narrow(2 + axis, first, last + 1 - first)
         origin[axis], size[axis] = before - step * first, last + 1 - first
     return DenseKernel(weight, Extent((size[0], size[1]), (origin[0], origin[1]), kernel.extent.dilation))
@@ -152,3 +158,20 @@ def run(x: Tensor, entry: Convolutions, bias: Tensor | None, call: Call) -> Tens
     for layer in others:
         y += layer(x, None)
     return y.add_(x) if entry.residual else y
+
+
+def shorten(like: Tensor, entry: Convolutions, bias: Tensor | None, call: Call) -> Callable[[Tensor], Tensor] | None:
+    """What :func:`run` does with maps just like this one, decided ahead; None where there is nothing to decide."""
+    if entry.residual or not entry.layers or like.dtype is not call.dtype or like.shape[2:] != call.in_size:
+        return None
+    first, *others = [layer.step(like, bias if i == 0 else None) for i, layer in enumerate(entry.layers)]
+    if not others:
+        return first
+
+    def total(x: Tensor) -> Tensor:
+        y = first(x)
+        for step in others:
+            y += step(x)
+        return y
+
+    return total

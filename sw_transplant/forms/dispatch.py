@@ -1,15 +1,7 @@
 """Which execution form runs: the one place that decides, and says why.
 
 A form that is asked for runs wherever it can. ``"auto"`` follows a rule that was measured, never taking what was
-slower than the original convolution:
-
-- On a GPU (H200, torch 2.11, batch 128, prototypes of what runs here): up to 14 x 14 a matrix over the whole map
-  ("gemm"), at 14 x 14 8 to 17 times and at 7 x 7 6 to 13 times faster than cuDNN; beyond that Toeplitz products, 2.4
-  to 12 times faster. The one case in which cuDNN won was 16 bits, channels_last, 7 x 7. Smaller batches were not
-  measured.
-- On a CPU (2 cores with AVX-512, torch 2.15): the original kind of convolution, in the memory format that is fast
-  (:mod:`sw_transplant.ops.depthwise`); for several kernels on up to 7 x 7 "gemm", with the matrix that eval keeps;
-  in training "toeplitz", whose weight gradient is up to 15 times faster than PyTorch's.
+slower than the original convolution: the rule as a chart, and what it was measured on, are in docs/design/forms.md.
 """
 
 from __future__ import annotations
@@ -23,7 +15,7 @@ from torch import Tensor
 from sw_transplant.forms import FORMS, Call
 from sw_transplant.geometry import Extent
 from sw_transplant.ops.depthwise import is_channels_last
-from sw_transplant.ops.toeplitz import why_no_kernel
+from sw_transplant.ops.toeplitz_selftest import why_no_kernel
 from sw_transplant.ops.tracing import constant_when_traced, is_transformed
 
 MATRIX_LIMIT = 128 * 2**20
@@ -102,13 +94,14 @@ def conditions(x: Tensor) -> Conditions:
         not torch.compiler.is_compiling() and x.shape[0] > FEW_IMAGES,
         is_channels_last(x),
         torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None,
-        kind == "cuda" and _matmul_is_coarser(),
+        kind == "cuda" and matmul_is_coarser(),
         is_transformed(),
     )
 
 
 @constant_when_traced
-def _matmul_is_coarser() -> bool:
+def matmul_is_coarser() -> bool:
+    """Whether float32 convolutions are to be exact, while matrix products may use TF32."""
     backends = torch.backends
     return backends.cuda.matmul.fp32_precision == "tf32" != backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sw_transplant.forms.placed import Biases, Call, Outputs, Placed
 from sw_transplant.geometry import Size
 from sw_transplant.ops import shift_add
+from sw_transplant.ops.depthwise import depthwise_conv2d
 
 
 class _TileGroup(NamedTuple):
@@ -63,7 +64,7 @@ def _tile_count(branch: Placed) -> int:
 def _response_offsets(branch: Placed, first: int) -> Tensor:
     """Placements of the kernel -> rows (tile, y, x): output (h, w) reads response (stride * h + y, stride * w + x).
 
-    The responses exist wherever a tile touches the map (full padding, dilation * (n - 1)); DESIGN's index formula.
+    The responses exist wherever a tile touches the map (full padding, dilation * (n - 1)): docs/design/equivalence.md.
     """
     n = branch.bank.shape[2]
     (dh, dw), (top, left) = branch.extent.dilation, branch.extent.origin
@@ -91,10 +92,11 @@ def execute_shift(x: Tensor, plan: list[_TileGroup], biases: Biases, call: Call)
     results: dict[int, Tensor] = {}
     for group in plan:
         n, (dh, dw) = group.weight.shape[2], group.dilation
-        z = F.conv2d(x, group.weight, None, 1, (dh * (n - 1), dw * (n - 1)), group.dilation, x.shape[1])
+        z = depthwise_conv2d(x, group.weight, None, (1, 1), (dh * (n - 1), dw * (n - 1)), group.dilation)
         z = z.unflatten(1, (-1, group.tiles))  # (B, C_out, T, Hz, Wz)
         shifted = shift_add(z, group.table, call.out_size, call.stride)
-        for k, scale, y in zip(group.outputs, group.scales, shifted.unbind(0), strict=True):
+        for entry, (k, scale) in enumerate(zip(group.outputs, group.scales, strict=True)):
+            y = shifted[entry]  # and not unbind(): what that gives must not be written to in place
             if scale is not None:
                 y = y * scale.to(y.dtype)[:, None, None]
             results[k] = results[k] + y if k in results else y

@@ -7,7 +7,7 @@ Read in this order:
     quantizer           what transformers calls when it loads, saves and trains a converted model
     host                what the rest of the package calls
     checkpoints         the last whole checkpoint of a Trainer
-    weight_decay        which parameters a Trainer's optimizer decays
+    trainer             a Trainer that resumes from these, and decays what it decays in the original
 
 This room imports transformers, so no other room may import it unasked. ``sw_transplant.convert`` imports it when the
 model is one of transformers (:mod:`sw_transplant.surgery.hosts`). Import it yourself in a process that only loads:

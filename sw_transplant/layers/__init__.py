@@ -5,10 +5,20 @@ Read in this order:
     branch              one bank of tiles, its placements, and what follows the shift
     tables              the integers that say where tiles go
     masks               which tiles of a bank are in use
+    watch               whether a layer is still what it was
+    recompute           less memory in training
+    plan                what a call does, and how long that is kept
+    as_conv2d           the attributes of an nn.Conv2d, and the plain kernels that a layer equals
     shiftwise_conv2d    ShiftwiseConv2d: a sum of branches, laid out from kernels
     orders              what the paper's module draws at random
+    order_buffers       the same as buffers of a module, and what follows from them
     shared_bank         the bank that the branches of the paper's module share
+    ghosts              the channels that bypass it
     sw_conv2d           SWConv2d: the paper's module
-    watch, shortcut     whether a layer is still what it was, and the shortest way through it
-    recompute           less memory in training
 """
+
+from sw_transplant.layers.branch import Branch
+from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.layers.sw_conv2d import SWConv2d
+
+__all__ = ["Branch", "SWConv2d", "ShiftwiseConv2d"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -304,3 +307,9 @@ def batch_norm_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
         scale = scale * bn.weight.to(dtype)  # type: ignore[operator]
     offset = -mean.to(dtype) * scale  # type: ignore[union-attr, operator]
     return scale, offset if bn.bias is None else offset + bn.bias.to(dtype)  # type: ignore[operator]
+
+
+def total(biases: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
+    """Sum of the biases that exist, rounded once to the dtype of the bank; None where none does."""
+    given = [bias for bias in biases if bias is not None]
+    return reduce(add, given).to(dtype) if given else None

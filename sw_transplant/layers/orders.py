@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sw_transplant.geometry import BranchGeometry
 from sw_transplant.layers.branch import edge_indices
 
+BRANCHES = ("horizontal", "vertical", "identity")
 PUBLISHED_SEED = 123
 """Seed of the published networks, the same in every module."""
 
@@ -90,6 +92,18 @@ def _draw(channels: int, tiles: int, edges: int, seed: int) -> Orders:
         return Orders(strips[0], strips[1], torch.stack(taken).to(torch.int32))
 
 
+def check_order(what: str, order: Tensor, shape: torch.Size, tiles: int) -> None:
+    """Refuses an order of another shape, or with places that are not 0 to T - 1.
+
+    Raises:
+        ValueError: it is refused; ``what`` names it.
+    """
+    if order.shape != shape:
+        raise ValueError(f"{what}: shape {tuple(order.shape)}, expected {tuple(shape)}")
+    if not 0 <= int(order.min()) <= int(order.max()) < tiles:
+        raise ValueError(f"{what}: values {int(order.min())} to {int(order.max())}, expected 0 to {tiles - 1}")
+
+
 def branch_tables(branch: str, order: Tensor, tiles: int, tile: int, sets: int) -> tuple[Tensor, Tensor]:
     """Where the tiles of one branch go, as the forms read it.
 
@@ -124,3 +138,14 @@ def _tables(
             size = (tile, tile * tiles) if across else (tile * tiles, tile)
         placements = rows.transpose(0, 1).flatten(1, 2).contiguous()
         return placements, edge_indices(placements, sets, tiles, tile, size)
+
+
+def strip_geometries(length: int, n: int) -> tuple[BranchGeometry, ...]:
+    """Of the branches: strips that T whole tiles make, centred as one of ``length`` taps; the output keeps the size."""
+    filled = -(-length // n) * n
+    across, along = (n // 2, n - 1 - n // 2), (length // 2, filled - 1 - length // 2)
+    return (
+        BranchGeometry((n, filled), (*across, *along)),
+        BranchGeometry((filled, n), (*along, *across)),
+        BranchGeometry((n, n), (*across, *across)),
+    )

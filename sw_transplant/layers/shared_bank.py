@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -69,7 +67,7 @@ class BranchView(PlacedTiles):
     def __init__(
         self,
         geometry: BranchGeometry,
-        source: Callable[[], Tensor],
+        bank: Tensor,
         placements: Tensor,
         index: Tensor,
         bn: nn.Module | None,
@@ -80,14 +78,9 @@ class BranchView(PlacedTiles):
         self.geometry, self.placements, self.bn, self.gain = geometry, placements, bn, gain
         self._index = index
         self.bias = None
-        self._source = source
+        self.bank = bank
         self._is_identity = is_identity
         self._live = live
-
-    @property
-    def bank(self) -> Tensor:  # type: ignore[override]
-        """``(active, T, n, n)``, shared by the views of one call."""
-        return self._source()
 
     @property
     def index(self) -> Tensor:
@@ -101,16 +94,3 @@ class BranchView(PlacedTiles):
         """The branch as tensors; the BatchNorm's scale stays beside the bank, which other branches place too."""
         scale = batch_norm_affine(self.bn)[0] if fold and self.bn is not None else None
         return self._place(self.bank, origin, scale, self._live, scaled=scale is not None)
-
-
-class Once:
-    """Calls a function the first time only."""
-
-    def __init__(self, function: Callable[[], Tensor]) -> None:
-        self._function = function
-        self._value: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        if self._value is None:
-            self._value = self._function()
-        return self._value

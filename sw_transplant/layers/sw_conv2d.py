@@ -19,19 +19,22 @@ from torch import Tensor, nn
 
 from sw_transplant.forms import DenseKernel, LiveTiles
 from sw_transplant.geometry import BranchGeometry, Extent, Size
-from sw_transplant.layers.branch import PlacedTiles, edge_indices
+from sw_transplant.layers.branch import PlacedTiles
+from sw_transplant.layers.ghosts import place_channels
 from sw_transplant.layers.masks import LiveMemo
-from sw_transplant.layers.orders import PUBLISHED_SEED, active_channels, branch_tables, draw_orders
-from sw_transplant.layers.shared_bank import BranchView, Once, TilePath
-from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
-from sw_transplant.layers.tables import Tables
-from sw_transplant.ops.tracing import is_transformed
+from sw_transplant.layers.order_buffers import OrderBuffers
+from sw_transplant.layers.orders import (
+    BRANCHES,
+    PUBLISHED_SEED,
+    strip_geometries,
+)
+from sw_transplant.layers.shared_bank import BranchView, TilePath
+from sw_transplant.ops.depthwise import layout_of
 
-BRANCHES = ("horizontal", "vertical", "identity")
 Gain = Literal["edge", "channel"]
 
 
-class SWConv2d(ShiftwiseConv2d):
+class SWConv2d(OrderBuffers):
     """The paper's SW module: a drop-in for a depthwise convolution that keeps height and width (divided by the stride).
 
         y[active] = BN(horizontal) + BN(vertical) + BN(identity) + x[active],    y[ghosts] = x[ghosts]
@@ -75,17 +78,9 @@ class SWConv2d(ShiftwiseConv2d):
 
     NAMES: ClassVar[dict[str, str]] = {"paths": "paths", **{branch: f"bn_{branch}" for branch in BRANCHES}}
     """What the parts are called in the state_dict; a subclass may choose other names."""
-    STORES_ORDERS: ClassVar[bool] = True
-    """Whether the orders and the active channels are part of the state_dict; else they follow from the seed."""
 
-    shortens = False  # ghosts go around the plan
     recompute = "small"  # the identity branch: 2.3 instead of 3.1 times the input are kept in training
 
-    horizontal: Tensor
-    vertical: Tensor
-    identity: Tensor
-    active: Tensor
-    one_bank: Tensor
     gain: nn.Parameter | None
 
     def __init__(
@@ -116,9 +111,9 @@ class SWConv2d(ShiftwiseConv2d):
         self._set_up(channels, channels, steps, form, match)
         self.length, self.tile, self.edges, self.seed = kernel_size, tile, edges, seed
         self.ghosts_last, self.residual = ghosts_last, residual
-        self._geometries = _geometries(kernel_size, tile)
+        self._geometries = strip_geometries(kernel_size, tile)
         self._ghost = float(ghost) if isinstance(ghost, float | int) else tuple(ghost)
-        drawn = self._draw()
+        drawn = self.draw()
         count = len(drawn["active"])
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -128,10 +123,7 @@ class SWConv2d(ShiftwiseConv2d):
             setattr(self, self.NAMES[branch], nn.BatchNorm2d(count, **factory))
         shape = (len(BRANCHES), edges) if gain == "edge" else (len(BRANCHES), edges, count)
         self.register_parameter("gain", None if gain is None else nn.Parameter(torch.ones(shape, **factory)))
-        for name, values in drawn.items():
-            self.register_buffer(name, values.to(self._like.device), persistent=self.STORES_ORDERS)
-        self._follow(drawn)
-        self.register_load_state_dict_post_hook(_follow_what_was_loaded)
+        self._hold_orders(drawn)
 
     # ---- the parts ----
 
@@ -178,16 +170,16 @@ class SWConv2d(ShiftwiseConv2d):
     @property
     def branches(self) -> Any:
         """The branches: views of the parameters; once the kernels are merged, modules."""
-        return self._modules["branches"] if self.merged else self._branches()
+        return self._modules["branches"] if self.merged else self.parts()
 
     @branches.setter
     def branches(self, modules: nn.ModuleList) -> None:
         self._modules["branches"] = modules
 
-    def _branches(self) -> Sequence[PlacedTiles]:
+    def parts(self) -> Sequence[PlacedTiles]:
         if self.merged:
             return list(self._modules["branches"])  # type: ignore[call-overload]
-        bank, live = Once(lambda: self.bank), self._live_tiles()
+        bank, live = self.bank, self._live_tiles()
         views = [
             BranchView(
                 geometry,
@@ -203,80 +195,8 @@ class SWConv2d(ShiftwiseConv2d):
         if self.residual:
             one = BranchGeometry((1, 1), (0, 0, 0, 0))
             places = self._table("one_placements"), self._table("one_index")
-            views.append(BranchView(one, lambda: self.one_bank, *places, None, None, True))
+            views.append(BranchView(one, self.one_bank, *places, None, None, True))
         return views
-
-    # ---- the orders ----
-
-    def set_orders(self, horizontal: Tensor, vertical: Tensor, identity: Tensor) -> None:
-        """Exchanges the orders: ``(E, active, T)`` places of the tiles, twice, and ``(E, active)`` tiles taken.
-
-        Raises:
-            ValueError: another shape, or a place or tile that does not exist.
-        """
-        orders = dict(zip(BRANCHES, (horizontal, vertical, identity), strict=True))
-        for name, order in orders.items():
-            if order.shape != getattr(self, name).shape:
-                raise ValueError(
-                    f"SWConv2d.{name}: shape {tuple(order.shape)}, expected {tuple(getattr(self, name).shape)}"
-                )
-            if not 0 <= int(order.min()) <= int(order.max()) < self.tiles:
-                raise ValueError(
-                    f"SWConv2d.{name}: values {int(order.min())} to {int(order.max())}, expected 0 to {self.tiles - 1}"
-                )
-        for name, order in orders.items():
-            getattr(self, name).copy_(order)
-        self._follow({**orders, "active": self.active})
-
-    def _draw(self) -> dict[str, Tensor]:
-        active = active_channels(self.in_channels, self._ghost, self.seed)
-        return {**draw_orders(len(active), self.tiles, self.edges, self.seed)._asdict(), "active": active}
-
-    def _follow(self, drawn: dict[str, Tensor]) -> None:
-        """Derives from orders and active channels what the forms read."""
-        sets = 1 if self.gain is None else self.edges
-        tables = {name: drawn[name].detach().to("cpu", copy=True) for name in (*BRANCHES, "active")}
-        for name in BRANCHES:
-            placements, index = branch_tables(name, tables[name], self.tiles, self.tile, sets)
-            tables |= {f"{name}_placements": placements, f"{name}_index": index}
-        with torch.device("cpu"):
-            row = torch.zeros(1, 1, 3, dtype=torch.int32)
-            tables |= {"one_placements": row, "one_index": edge_indices(row, 1, 1, self.tile, (1, 1))}
-            one = torch.zeros(len(tables["active"]), 1, self.tile, self.tile, dtype=self._like.dtype)
-            one[:, :, 0, 0] = 1
-        self._derive("one_bank", one)
-        self._tables = Tables({**tables, **self._channels(tables["active"])}).only_on(self._like.device)
-        self.clear_cache()
-
-    def _channels(self, active: Tensor) -> dict[str, Tensor]:
-        """The active channels and the others, on the CPU."""
-        active = active.detach().to("cpu", copy=True)
-        bypass = torch.ones(self.in_channels, dtype=torch.bool, device="cpu")
-        bypass[active] = False
-        return {"active": active, "ghosts": bypass.nonzero().flatten()}
-
-    def _derive(self, name: str, tensor: Tensor) -> None:
-        self.register_buffer(name, tensor.to(self._like.device), persistent=False)
-
-    def _table(self, name: str) -> Tensor:
-        """An order as it was drawn or loaded, or what follows from the orders, on the device of the filters."""
-        return self._tables.on(self._like.device)[name]  # type: ignore[return-value]
-
-    @property
-    def ghosts(self) -> Tensor:
-        """The channels that bypass the module, ascending."""
-        return self._table("ghosts")
-
-    def _apply(self, *args: Any, **kwargs: Any) -> SWConv2d:
-        super()._apply(*args, **kwargs)
-        self._tables = self._tables.only_on(self._like.device)
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in (*BRANCHES, "active"):
-            if f"{prefix}{name}" in destination:
-                destination[f"{prefix}{name}"] = self._table(name).clone()
 
     @property
     def _like(self) -> Tensor:
@@ -286,29 +206,25 @@ class SWConv2d(ShiftwiseConv2d):
     def _geometry(self) -> BranchGeometry:
         return super()._geometry if self.merged else self._geometries[0]
 
-    def rederive(self) -> None:
-        super().rederive()
-        _follow_what_was_loaded(self, None)
-
     def reset_parameters(self) -> None:
         """Draws ghosts and orders from the seed again, and initialises filters, BatchNorms and gains.
 
         What a module needs that was built on the meta device and then got memory by ``to_empty``.
         """
-        drawn = self._draw()
-        for name, values in drawn.items():
-            getattr(self, name).copy_(values)
         if self.gain is not None:
             nn.init.ones_(self.gain)
         for module in (*self.paths, *(self.norm(branch) for branch in BRANCHES)):
             module.reset_parameters()  # type: ignore[operator]
-        self._follow(drawn)
+        self.reset_orders()
 
     # ---- running ----
 
     def _run(self, x: Tensor) -> Tensor:
         if not len(self.ghosts):
             return super()._run(x)
+        return self._run_among_ghosts(x).contiguous(memory_format=layout_of(x))
+
+    def _run_among_ghosts(self, x: Tensor) -> Tensor:
         if self.merged:  # the ghosts are kernels with a single tap
             return super()._run(x.index_select(1, self.channel_order) if self.ghosts_last else x)  # type: ignore[arg-type]
         active = self._table("active")
@@ -316,10 +232,7 @@ class SWConv2d(ShiftwiseConv2d):
         passed = x[:, :, :: self.stride[0], :: self.stride[1]].to(y.dtype)
         if self.ghosts_last:
             return torch.cat([y, passed.index_select(1, self.ghosts)], dim=1)
-        if is_transformed():
-            return passed.index_copy(1, active, y)
-        placed: Tensor = _PlaceChannels.apply(passed, active, y)
-        return placed
+        return place_channels(passed, active, y)
 
     # ---- back to plain convolutions ----
 
@@ -358,7 +271,7 @@ class SWConv2d(ShiftwiseConv2d):
         self.gain = None
         for name in [name for name, _ in self.named_buffers(recurse=False) if name != "active"]:
             delattr(self, name)
-        self._tables = Tables(self._channels(self._table("active"))).only_on(self._like.device)
+        self.follow_orders()
 
     def extra_repr(self) -> str:
         if self.merged:
@@ -370,46 +283,6 @@ class SWConv2d(ShiftwiseConv2d):
             f"{self.in_channels}, strips of {self.length}: {self.tiles} tiles {n}x{n}, edges={self.edges}, "
             f"paths={len(self.paths)}{ghosts}{stride}, form={self.form!r}"
         )
-
-
-class _PlaceChannels(torch.autograd.Function):
-    """``passed.index_copy(1, channels, y)``, whose own backward pass would keep y to know its shape."""
-
-    @staticmethod
-    def forward(ctx: Any, passed: Tensor, channels: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(channels)
-        return passed.index_copy(1, channels, y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
-        (channels,) = ctx.saved_tensors
-        return grad.index_fill(1, channels, 0), None, grad.index_select(1, channels)
-
-
-def _follow_what_was_loaded(module: SWConv2d, _: Any) -> None:
-    if module.merged:
-        if not module.active.is_meta:
-            module._tables = Tables(module._channels(module.active)).only_on(module._like.device)
-        return
-    if module.STORES_ORDERS:
-        drawn = {name: getattr(module, name) for name in (*BRANCHES, "active")}
-    else:  # the file does not hold them: they follow from the seed, whatever the memory held before
-        drawn = module._draw()
-        for name, values in drawn.items():
-            module._derive(name, values)
-    if not any(values.is_meta for values in drawn.values()):
-        module._follow(drawn)
-
-
-def _geometries(length: int, n: int) -> tuple[BranchGeometry, ...]:
-    """Of the branches: strips that T whole tiles make, centred as one of ``length`` taps; the output keeps the size."""
-    filled = -(-length // n) * n
-    across, along = (n // 2, n - 1 - n // 2), (length // 2, filled - 1 - length // 2)
-    return (
-        BranchGeometry((n, filled), (*across, *along)),
-        BranchGeometry((filled, n), (*along, *across)),
-        BranchGeometry((n, n), (*across, *across)),
-    )
 
 
 def _check_counts(**counts: int) -> None:

@@ -3,6 +3,17 @@
 After ``import sw_transplant.models``, ``timm.create_model`` knows ``slak_tiny|small|base|large``,
 ``replknet_31b|31l|xl``, ``unireplknet_a|f|p|n|t|s|b|l|xl`` and ``sw_tiny|small|base|large``. Parameter names and shapes
 are the published ones; official weight files are read by `load_checkpoint`.
+
+Read in this order:
+
+    staged          what all four share: stages, head, and the interface that timm expects
+    large_kernel    the layer of SLaK and RepLKNet: parallel depthwise convolutions, summed
+    slak            SLaK
+    replknet        RepLKNet
+    unireplknet     UniRepLKNet
+    shiftwise       SW, the network of the ShiftwiseConv paper
+    registry        how they enter timm: preprocessing, and the builder of every size
+    checkpoint      official weight files, read strictly
 """
 
 try:

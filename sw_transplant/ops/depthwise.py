@@ -1,14 +1,8 @@
 """Depthwise convolution by PyTorch, in the memory layout in which it is fast, and its weight gradient.
 
-On a CPU, PyTorch leaves depthwise convolutions to oneDNN, whose kernels reach 100 to 500 GFLOP/s on two cores; some
-cases have no kernel and run 10 to 30 times slower. Measured with torch 2.15 (oneDNN 3.13) on an AVX-512 machine,
-float32, maps 56 to 7, batch 1 and 8:
-
-- forward, contiguous: kernels wider than 14 taps (5 x 51: 137 ms, 31 x 31: 252 ms; 51 x 5: 13 ms). The same in
-  channels_last with both copies: 10 and 9 ms. bfloat16 is alike.
-- weight gradient, contiguous: every kernel on maps of 28 and more (51 x 5: 260 ms, 7 x 7: 96 ms). In channels_last:
-  square kernels up to 14 taps on maps twice their size are fast (7 x 7: 11 ms), others are not. As matrix products of
-  whole lines (:func:`lines_weight_grad`): 51 x 5 and 5 x 51: 18 ms, 31 x 31: 63 ms instead of 419.
+On a CPU, some depthwise convolutions of PyTorch run 10 to 30 times slower than others, for want of a oneDNN kernel:
+contiguous maps with kernels wider than 14 taps, and most weight gradients. docs/design/forms.md has the measurements.
+One never ends (docs/troubleshooting.md).
 """
 
 from __future__ import annotations
@@ -24,6 +18,7 @@ from sw_transplant.ops.whole_map import Size, diagonal_sums
 
 WIDEST = 14  # taps along a row that oneDNN's kernels for contiguous maps take
 NATIVE = (torch.float32, torch.bfloat16)  # what oneDNN has kernels for
+HANGING_CHANNELS = 16  # up to which wide kernels in bfloat16 and channels_last may never return
 SMALL_MAP, SMALL_WORK = 64_000, 5_500_000  # numbers of a batch and multiplications, for which packed weights win
 ENOUGH_POSITIONS = 256  # of all maps of a batch: below that, the overhead of several products outweighs their speed
 
@@ -46,7 +41,7 @@ class DepthwiseConv2d:
         self, weight: Tensor, stride: Size, padding: Size, dilation: Size, margins: Sequence[int] | None = None
     ) -> None:
         self.weight, self.stride, self.padding, self.dilation, self.margins = weight, stride, padding, dilation, margins
-        native = weight.device.type == "cpu" and weight.dtype in NATIVE
+        native = weight.device.type == "cpu" and weight.dtype in NATIVE and not may_hang(weight)
         self._too_wide = native and weight.shape[3] > WIDEST
         self._packs = native and not weight.requires_grad
         self._most = min(SMALL_MAP, SMALL_WORK // (weight.shape[2] * weight.shape[3]))
@@ -65,7 +60,7 @@ class DepthwiseConv2d:
                     return self._packed_step(x, bias)(x)
         elif self._too_wide:
             x = x.contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, x.shape[1])
+        return depthwise_conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation)
 
     def step(self, x: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """What a call does with maps that are just like this one, where `runs_as_it_is`, without asking again."""
@@ -88,6 +83,33 @@ class DepthwiseConv2d:
             self._packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, x.shape)
         packed, run = self._packed, torch.ops.mkldnn._convolution_pointwise.default
         return lambda x: run(x, packed, bias, *geometry, "none", [], "")
+
+
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Size, padding: Size, dilation: Size
+) -> Tensor:
+    """`torch.nn.functional.conv2d` with groups = C, but for one case that may never return.
+
+    That case is computed in float32, ten times faster than in bfloat16 on contiguous maps, and rounded once.
+    """
+    groups = x.shape[1]
+    if x.dtype is not torch.bfloat16 or not may_hang(weight):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    with torch.autocast("cpu", enabled=False):
+        wide = x.float().contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(wide, weight.float(), None if bias is None else bias.float(), stride, padding, dilation, groups)
+        return y.to(x.dtype)
+
+
+def may_hang(weight: Tensor) -> bool:
+    """Whether convolutions with this weight (C_out, 1, kh, kw) on maps in channels_last may never return on a CPU.
+
+    Measured, with oneDNN 3.13 on a CPU with AVX-512 and bfloat16: they do not with 2 to 16 channels, kernels of 15
+    columns and more, stride 1, dilation 1 and outputs of at least 31 columns. What else stands beside that is left
+    alone, too: on another CPU the limits may lie elsewhere.
+    """
+    wide = weight.shape[3] > WIDEST and weight.shape[0] <= HANGING_CHANNELS
+    return wide and weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
 
 
 def layout_of(x: Tensor) -> torch.memory_format:

@@ -7,19 +7,17 @@ kernels for tensor cores, and PyTorch's own convolutions elsewhere and where tho
 toeplitz_conv with flipped kernels.
 """
 
-import functools
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sw_transplant.cuda import launch
+from sw_transplant.ops.toeplitz_autograd import grad_of_conv, grad_of_weight_grad, save_conv, save_weight_grad
 from sw_transplant.ops.toeplitz_reference import pairs, toeplitz_conv_reference, toeplitz_weight_grad_reference
-from sw_transplant.ops.tracing import constant_when_traced
+from sw_transplant.ops.toeplitz_selftest import weight_grad_is_wrong
 
-TF32_ERROR = 2e-3  # relative, of a right result, at most
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -131,7 +129,7 @@ def _plan(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int]) -> Any:
 
 
 def _weight_grad_plan(x: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> Any:
-    if not _has_kernels(x) or _wrong_weight_grad(x.device):
+    if not _has_kernels(x) or weight_grad_is_wrong(x.device):
         return None
     from sw_transplant.cuda.toeplitz import weight_grad_plan_for
 
@@ -187,136 +185,5 @@ def _(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> 
     return [x.new_empty((x.shape[1], 1, *size)) for size in pairs(sizes)]
 
 
-def _flipped_origins(sizes: Sequence[int], origins: Sequence[int]) -> list[int]:
-    return [size - 1 - origin for size, origin in zip(sizes, origins, strict=True)]
-
-
-def _flipped(weights: Sequence[Tensor]) -> list[Tensor]:
-    return [weight.flip(2, 3) for weight in weights]
-
-
-def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weights, origins, bias, residual = inputs
-    ctx.save_for_backward(x, *weights)
-    ctx.origins, ctx.residual, ctx.has_bias = list(origins), residual, bias is not None
-    ctx.sizes = [size for weight in weights for size in weight.shape[2:]]
-
-
-def _grad_of_conv(ctx: Any, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None], None, Tensor | None, None]:
-    x, *weights = ctx.saved_tensors
-    needs_x, needs_weights, _, needs_bias, _ = ctx.needs_input_grad
-    grad_x = grad_bias = None
-    grad_weights: list[Tensor | None] = [None] * len(weights)
-    if needs_x:
-        origins = _flipped_origins(ctx.sizes, ctx.origins)
-        grad_x = torch.ops.sw_transplant.toeplitz_conv(grad, _flipped(weights), origins, None, ctx.residual)
-    if any(needs_weights):
-        grad_weights = torch.ops.sw_transplant.toeplitz_weight_grad(x, grad, ctx.sizes, ctx.origins)
-    if ctx.has_bias and needs_bias:
-        grad_bias = grad.sum((0, 2, 3))
-    return grad_x, grad_weights, None, grad_bias, None
-
-
-def _save_weight_grad(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, grad, sizes, origins = inputs
-    ctx.save_for_backward(x, grad)
-    ctx.sizes, ctx.origins = list(sizes), list(origins)
-
-
-def _grad_of_weight_grad(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor, None, None]:
-    """The gradients of the kernels are bilinear in x and grad; their gradients stand in for kernels here."""
-    x, grad = ctx.saved_tensors
-    origins = _flipped_origins(ctx.sizes, ctx.origins)
-    grad_x = torch.ops.sw_transplant.toeplitz_conv(grad, _flipped(grads), origins, None, False)
-    return grad_x, torch.ops.sw_transplant.toeplitz_conv(x, list(grads), ctx.origins, None, False), None, None
-
-
-_toeplitz_conv.register_autograd(_grad_of_conv, setup_context=_save_conv)
-_toeplitz_weight_grad.register_autograd(_grad_of_weight_grad, setup_context=_save_weight_grad)
-
-
-@constant_when_traced
-def why_no_kernel(device: int) -> str:
-    """Why `toeplitz_conv` has no kernel on CUDA device number `device`; empty where it has one.
-
-    The first call for a device compiles a kernel and compares its result with PyTorch's. It warns if there is none.
-    """
-    return _why_no_kernel(device)
-
-
-@functools.cache
-def _why_no_kernel(device: int) -> str:
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        missing = f"needs tensor cores for TF32: compute capability 8.0, not {capability[0]}.{capability[1]}"
-        warnings.warn(
-            f"sw_transplant: toeplitz {missing}; plain PyTorch is used on cuda:{device} instead: same results, more "
-            "slowly.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return missing
-    if not launch.is_available(device):  # which warns
-        return "needs Numba's CUDA kernels, which do not run here"
-    return self_test(torch.device("cuda", device))
-
-
-@functools.cache
-def self_test(device: torch.device) -> str:
-    """What is wrong with the results of `toeplitz_conv` on a device, also as a warning; empty if nothing is."""
-    x, _, weights, _, origins = _trial()
-
-    def run() -> list[Tensor]:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return [toeplitz_conv(x.to(device), [weight.to(device) for weight in weights], origins)]
-
-    return _problem("toeplitz", device, run, [toeplitz_conv_reference(x, weights, origins)])
-
-
-@functools.cache
-def weight_grad_self_test(device: torch.device) -> str:
-    """The same for the kernel of `toeplitz_weight_grad`."""
-    from sw_transplant.cuda import toeplitz as kernels
-
-    x, grad, _, sizes, origins = _trial()
-
-    def run() -> list[Tensor]:
-        there = x.to(device)
-        plan = kernels.weight_grad_plan_for(there, pairs(sizes), pairs(origins))
-        return expected if plan is None else kernels.toeplitz_weight_grad(there, grad.to(device), plan)
-
-    expected = toeplitz_weight_grad_reference(x, grad, sizes, origins)
-    return _problem("the weight gradient of toeplitz", device, run, expected)
-
-
-def _wrong_weight_grad(device: torch.device) -> bool:
-    """Whether the kernel of the weight gradient is known to be wrong; it cannot be tried while a graph is captured."""
-    return not torch.cuda.is_current_stream_capturing() and bool(weight_grad_self_test(device))
-
-
-def _trial() -> tuple[Tensor, Tensor, list[Tensor], list[int], list[int]]:
-    """A map, the gradient of an output, kernels, their sizes and origins, on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    x, grad = torch.randn(2, 2, 3, 20, 23, generator=generator, device="cpu")
-    sizes, origins = [11, 3, 3, 11], [5, 1, 1, 5]
-    weights = [torch.randn(3, 1, *size, generator=generator, device="cpu") for size in pairs(sizes)]
-    return x, grad, weights, sizes, origins
-
-
-def _problem(what: str, device: torch.device, run: Callable[[], list[Tensor]], expected: list[Tensor]) -> str:
-    """Why what runs on a device does not give what is expected; empty if it does. Warns."""
-    try:
-        errors = [
-            ((got.cpu() - right).norm() / right.norm()).item() for got, right in zip(run(), expected, strict=True)
-        ]
-        fine = all(error <= TF32_ERROR for error in errors)  # not so for NaN
-        problem = "" if fine else f"is wrong on {device}: relative errors {', '.join(f'{e:.2g}' for e in errors)}"
-    except Exception as reason:
-        problem = f"fails on {device}: {type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
-    if problem:
-        warnings.warn(
-            f"sw_transplant: {what} {problem}; plain PyTorch is used instead. Please report this.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return problem
+_toeplitz_conv.register_autograd(grad_of_conv, setup_context=save_conv)
+_toeplitz_weight_grad.register_autograd(grad_of_weight_grad, setup_context=save_weight_grad)

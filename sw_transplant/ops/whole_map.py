@@ -9,6 +9,7 @@ the same inputs give the same bits.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -54,14 +55,15 @@ def whole_map_product(x: Tensor, matrix: Tensor, bias: Tensor | None, out_size: 
     Returns:
         (B, C_out, H', W'), dtype of x and matrix, which are of one dtype.
     """
-    (batch, channels), filters = x.shape[:2], matrix.shape[0]
-    y = _products(_maps(x), matrix.reshape(channels, -1, matrix.shape[2]).mT).reshape(batch, filters, *out_size)
+    (batch, channels), (filters, outputs, inputs) = x.shape[:2], matrix.shape
+    matrices = matrix.reshape(channels, filters // channels * outputs, inputs)
+    y = _products(_maps(x), matrices.mT).reshape(batch, filters, *out_size)
     return y if bias is None else y + bias[:, None, None]
 
 
 def _maps(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (C, B, H * W)."""
-    return x.reshape(x.shape[0], x.shape[1], -1).transpose(0, 1)
+    return x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:])).transpose(0, 1)  # not -1: a batch may be empty
 
 
 def _products(maps: Tensor, matrices: Tensor) -> Tensor:
@@ -98,18 +100,20 @@ class _WholeMapConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.lattice = origin, out_size, stride
         matrix = toeplitz_matrix(weight, origin, (x.shape[2], x.shape[3]), out_size, stride)
-        return whole_map_product(x, matrix, None, out_size)
+        y = whole_map_product(x, matrix, None, out_size)
+        return y.clone() if len(y) < 2 else y  # a view made in here could not be written to; larger batches are copied
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         origin, out_size, stride = ctx.lattice
         channels, in_size = x.shape[1], (x.shape[2], x.shape[3])
-        grads = _maps(grad.reshape(x.shape[0], channels, -1, 1))  # (C, B, m * H' * W')
+        positions = weight.shape[0] // channels * math.prod(out_size)
+        grads = _maps(grad.reshape(x.shape[0], channels, positions, 1))  # (C, B, m * H' * W')
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             matrix = toeplitz_matrix(weight, origin, in_size, out_size, stride)
-            grad_x = _products(grads, matrix.reshape(channels, -1, matrix.shape[2])).reshape(x.shape)
+            grad_x = _products(grads, matrix.reshape(channels, positions, matrix.shape[2])).reshape(x.shape)
         if ctx.needs_input_grad[1]:
             grad_matrix = torch.bmm(grads.mT, _maps(x))
             grad_weight = _kernel_of(

@@ -49,7 +49,7 @@ def utilisation(module: ShiftwiseConv2d, map_size: int | Size) -> Utilisation:
     out = module.out_size(size)
     if min(*size, *out) < 1:
         raise ValueError(f"utilisation: a map {size} gives an output {out}, expected at least one position")
-    branches: list[PlacedTiles] = [branch for branch in module._branches() if not branch.is_identity]
+    branches: list[PlacedTiles] = [branch for branch in module.parts() if not branch.is_identity]
     banks: list[tuple[Tensor, Tensor]] = []  # each bank with what any branch uses of it
     shares = []
     live = getattr(module, "live", None)

@@ -12,4 +12,5 @@ Read in this order:
     description   what a converted model is made of, as JSON
     io            save and load
     hosts         libraries that write folders of their own
+    names         how parameters are called in the original, and which are not to be decayed
 """

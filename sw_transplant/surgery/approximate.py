@@ -114,7 +114,7 @@ def build_shared(original: ShiftwiseConv2d, match: Match, config: SWConfig) -> S
     missed = (1 - kept) * energy
     cheapest = (bypassed - missed).argsort(stable=True)
     ghosts = tuple(sorted(cheapest[: match.out_channels - active_count(match.out_channels, config)].tolist()))
-    active = torch.tensor([c for c in range(match.out_channels) if c not in set(ghosts)])
+    active = torch.tensor([c for c in range(match.out_channels) if c not in set(ghosts)], device="cpu")
     lost = missed[active].sum() + bypassed[list(ghosts)].sum()
     total = energy.sum()
     share_kept = float(1 - lost / total) if total > 0 else 1.0
@@ -152,7 +152,8 @@ def _closest(module: SWConv2d, target: DenseKernel) -> tuple[Tensor, Tensor]:
         return embed(reduce(add_kernels, module._dense()), outer)
 
     tiles, tile = module.tiles, module.tile
-    constant = assemble(torch.zeros(module.out_channels, tiles, tile, tile, dtype=torch.float64))  # the residual
+    nothing = torch.zeros(module.out_channels, tiles, tile, tile, dtype=torch.float64, device="cpu")
+    constant = assemble(nothing)  # the residual
     bank, kept_of_rest = share(wanted - constant, lambda b: assemble(b) - constant, tiles, tile)
     missed = (1 - kept_of_rest) * (wanted - constant).square().sum((1, 2, 3))
     energy = wanted.square().sum((1, 2, 3))
@@ -166,7 +167,7 @@ def _split(bank: Tensor, module: SWConv2d, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(module.paths)
-    noise = torch.randn(count, *bank.shape, generator=generator, dtype=bank.dtype) * 0.02
+    noise = torch.randn(count, *bank.shape, generator=generator, dtype=bank.dtype, device="cpu") * 0.02
     noise -= noise.mean(0)
     for path, part in zip(module.paths, noise, strict=True):
         path.weight.copy_((bank / count + part).reshape_as(path.weight))

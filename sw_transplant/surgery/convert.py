@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from sw_transplant.config import SWConfig
-from sw_transplant.find.match import Inspection, Match, NoLargeKernelError, SourceBranch
-from sw_transplant.find.search import Select, inspect_model
-from sw_transplant.layers.branch import Branch
+from sw_transplant.find.candidate import build, find_site
+from sw_transplant.find.closures import stays_with_original
+from sw_transplant.find.match import Inspection, Match, NoLargeKernelError
+from sw_transplant.find.search import inspect_model
+from sw_transplant.find.select import Select
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.approximate import build_shared
 from sw_transplant.surgery.hosts import hosts_of
@@ -57,6 +59,8 @@ def convert(
     config = config or SWConfig()
     _refuse_wrappers(model)
     inspection = inspect_model(model, config, select=select)
+    if not inplace and (reason := stays_with_original(model)):
+        raise ValueError(reason)
     if not inspection.matches and not inspection.converted:
         raise NoLargeKernelError(_nothing_found(inspection, config))
     hosts = hosts_of(model)
@@ -102,83 +106,11 @@ def put(model: nn.Module, built: Sequence[tuple[Match, ShiftwiseConv2d]]) -> nn.
 
 
 def _build_for(site: nn.Module, match: Match, config: SWConfig) -> ShiftwiseConv2d:
-    laid_out = build(site, match, form=config.form)
-    if config.mode == "laid_out":
-        return laid_out
-    shared = build_shared(laid_out, match, config)
-    remember(shared, site, match)
-    return shared
-
-
-def build(site: nn.Module, match: Match, *, form: str) -> ShiftwiseConv2d:
-    """The Shiftwise module for one match. Its tiles are copies; the BatchNorms are the site's own modules.
-
-    Args:
-        site: the module to replace; it is not changed.
-        match: how the site is made.
-        form: execution form.
-
-    Raises:
-        ValueError: the site is not made as the match says.
-    """
-    parameters = dict(site.named_parameters(remove_duplicate=False))
-    weights = [_take(parameters, b.weight, _weight_shape(match, b), match) for b in match.branches if b.weight]
-    branches = [_branch(site, match, source, parameters, like=weights[0]) for source in match.branches]
-    if match.edges > 1:
-        branches = [b if b.is_identity else b.with_edges(match.edges, seed=i) for i, b in enumerate(branches)]
-    module = ShiftwiseConv2d(match.in_channels, match.out_channels, match.stride, branches, form=form, match=match)
-    module.training = module.branches.training = site.training
-    for branch in branches:
-        branch.training = site.training  # and not .train(): a frozen BatchNorm stays in eval
-    remember(module, site, match)
-    return module
-
-
-def _branch(
-    site: nn.Module, match: Match, source: SourceBranch, parameters: dict[str, nn.Parameter], *, like: Tensor
-) -> Branch:
-    bn = None
-    if source.bn is not None:
-        try:
-            bn = site.get_submodule(source.bn)
-        except AttributeError as error:
-            raise ValueError(f"{match.path}: no BatchNorm {source.bn!r} in {type(site).__name__}") from error
-    if source.weight is None:
-        return Branch.identity(match.out_channels, source.tile, like, bn)
-    weight = _take(parameters, source.weight, _weight_shape(match, source), match)
-    bias = None if source.bias is None else _take(parameters, source.bias, (match.out_channels,), match)
-    grads = (weight.requires_grad, bias is not None and bias.requires_grad)
-    return Branch.from_kernel(source.geometry, weight, source.tile, bias=bias, bn=bn, requires_grad=grads)
-
-
-def _weight_shape(match: Match, source: SourceBranch) -> tuple[int, ...]:
-    return (match.out_channels, 1, *source.geometry.kernel_size)
-
-
-def _take(parameters: dict[str, nn.Parameter], name: str, shape: tuple[int, ...], match: Match) -> nn.Parameter:
-    if name not in parameters:
-        raise ValueError(
-            f"{match.path}: no parameter {name!r} there, expected one of shape {shape}; is it another model?"
-        )
-    if tuple(parameters[name].shape) != shape:
-        raise ValueError(
-            f"{match.path}.{name}: shape {tuple(parameters[name].shape)}, expected {shape}; is it another model?"
-        )
-    return parameters[name]
-
-
-def find_site(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise ValueError(
-            f"{path}: the model ({type(model).__name__}) has no such layer; is it another model?"
-        ) from error
+    layer = build(site, match, form=config.form)
+    if config.mode == "shiftwise":
+        layer = build_shared(layer, match, config)
+    remember(layer, site, match)
+    return layer
 
 
 _WRAPPERS = {

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sw_transplant.find.candidate import build
 from sw_transplant.find.match import Match, join_path
 from sw_transplant.layers.masks import MaskedTiles
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.approximate import SharedSpec
-from sw_transplant.surgery.convert import build
 from sw_transplant.surgery.origin import remember
 
 
@@ -74,7 +74,7 @@ def rebuild(site: nn.Module, layer: LayerDescription, masked: Container[str] = (
         module = layer.shared.build(layer.match, form=layer.form, device=like.device, dtype=like.dtype).train(
             site.training
         )
-        remember(module, site, layer.match)
+    remember(module, site, layer.match)
     for name, part in module.named_modules():
         if isinstance(part, MaskedTiles) and (
             name in layer.masks or f"{join_path(layer.match.path, name)}.mask" in masked

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from sw_transplant.config import CONFIG_VERSION
+from sw_transplant.find.candidate import find_site
 from sw_transplant.find.match import Match
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
-from sw_transplant.surgery.convert import find_site, put
+from sw_transplant.surgery.convert import put
 from sw_transplant.surgery.description import LayerDescription, describe, read_descriptions, rebuild
 from sw_transplant.surgery.hosts import hosts_of
 

@@ -54,10 +54,10 @@ class ParallelConv2d(nn.ModuleList):
     """The sum of plain convolutions of one input: ``(B, C_in, H, W)`` to ``(B, C_out, H', W')``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        first, *others = self
-        y: Tensor = first(x)
-        for convolution in others:
-            y = y + convolution(x)
+        maps = [convolution(x) for convolution in self]  # said so that TorchScript understands it
+        y = maps[0]
+        for other in maps[1:]:
+            y = y + other
         return y
 
 

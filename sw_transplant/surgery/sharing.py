@@ -39,7 +39,7 @@ def share(target: Tensor, assemble: Callable[[Tensor], Tensor], tiles: int, tile
     """
     channels, taps = target.shape[0], tiles * tile * tile
     wanted = target.detach().cpu().double().flatten(1)  # (C, kh * kw)
-    basis = torch.zeros(channels, tiles, tile, tile, dtype=torch.float64)
+    basis = torch.zeros(channels, tiles, tile, tile, dtype=torch.float64, device="cpu")
     reached = _flat(assemble(basis + 1), target).any(0)  # places of the kernel that some tap comes to lie on
     columns = []
     for j in range(taps):

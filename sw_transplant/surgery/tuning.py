@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sw_transplant.find.search import Select, selector
+from sw_transplant.find.select import Select, selector
 from sw_transplant.forms import FORMS
 from sw_transplant.forms.dispatch import check_form
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d

@@ -1,12 +1,8 @@
 """The commands on a GPU: time between events, peak memory, TF32."""
 
 import pytest
-import torch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 QUICK = ["--device", "cuda", "--repeats", "3", "--seconds", "0"]
 
 

@@ -684,7 +684,6 @@ def test_cifar10_logits_against_those_stored_beside_the_images(shared):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_device_runs_copies_on_the_gpu(net):
     state = torch.cuda.get_rng_state()
     noisy = Returns(lambda x: x + torch.rand_like(x))

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sw_transplant as sw
+from sw_transplant import interrupts
 from sw_transplant.cli import main
+from sw_transplant.cli.commands import Result
 from sw_transplant.cli.load_model import InputError, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -344,7 +347,6 @@ def test_verify_in_every_precision(run, dtype: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_verify_on_the_gpu(run, dtype: str) -> None:
     words = ("verify", "tiny_model:build", "--input-size", 16, "--device", "cuda", "--dtype", dtype, "--json")
@@ -604,15 +606,83 @@ def test_process_is_quick_to_help(folder: Path) -> None:
     assert out == f"sw-transplant {sw.__version__}\n[]\n"
 
 
+HANDLERS = {"default": signal.SIG_DFL, "ignored": signal.SIG_IGN}
+
+
+def stopped(process: subprocess.Popen, number: int) -> tuple[int, str, str]:
+    """Sends the signal once the process says that it waits: exit code, stdout, stderr from then on."""
+    with process:
+        assert process.stderr is not None
+        while "waiting" not in (line := process.stderr.readline()):
+            assert line
+        process.send_signal(number)
+        try:
+            out, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
+        return process.returncode, out, err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_process_stops_quietly_when_interrupted(folder: Path) -> None:
-    process = start("inspect", "tiny_model:waits")
-    assert process.stderr is not None
-    while "waiting" not in (line := process.stderr.readline()):
-        assert line
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "")
+@pytest.mark.parametrize(
+    ("number", "code", "inherited"),
+    [(signal.SIGINT, 130, "ignored"), (signal.SIGTERM, 143, "default")],
+)
+def test_process_stops_quietly_when_told(folder: Path, number: int, code: int, inherited: str) -> None:
+    """Whatever its parent does with the signal, which the child inherits."""
+    process = start("inspect", "tiny_model:waits", preexec_fn=lambda: signal.signal(number, HANDLERS[inherited]))
+    assert stopped(process, number) == (code, "", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("inherited", HANDLERS)
+@pytest.mark.parametrize("command", ["module", "script"])
+def test_process_stops_quietly_while_it_imports(
+    folder: Path, number: int, code: int, inherited: str, command: str
+) -> None:
+    (folder / "torch.py").write_text(
+        "import sys, time\nprint('waiting', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
+    )
+    script = folder / "sw-transplant"
+    script.write_text("import sys\nfrom sw_transplant.cli import main\nsys.exit(main())\n")
+    process = subprocess.Popen(
+        [sys.executable, *({"module": ["-m", "sw_transplant"], "script": [str(script)]}[command]), "inspect", "x"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
+        preexec_fn=lambda: signal.signal(number, HANDLERS[inherited]),
+    )
+    assert stopped(process, number) == (code, "", "")
+
+
+def test_main_gives_the_handlers_back(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it ends. Importing the package, as these tests do, takes no signal over."""
+
+    def handlers() -> list:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before, during = handlers(), []
+
+    def inspect(_) -> Result:
+        during.extend(handlers())
+        raise KeyboardInterrupt
+
+    assert not [handler for handler in before if getattr(handler, "__module__", None) == interrupts.__name__]
+    monkeypatch.setattr("sw_transplant.cli.cli.run_inspect", inspect)
+    assert run("inspect", "tiny_model:build")[0] == 130
+    assert during
+    assert not set(during) & set(before)
+    assert handlers() == before
+
+
+def test_main_runs_in_any_thread(folder: Path) -> None:
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(["inspect", "tiny_model:build"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the Toeplitz kernels."""
+"""Fixtures of the tests of the kernels."""
 
 import functools
 import os
@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def simulate() -> Callable[[str], str]:
+def simulate() -> Callable[..., str]:
     """Runs a file of this folder in Numba's CUDA simulator, a process of its own, and returns what it prints."""
     pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
 
-    def run(name: str) -> str:
+    def run(name: str, *options: str) -> str:
         environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, f"tests/cuda/{name}"]
+        command = [sys.executable, f"tests/cuda/{name}", *options]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout

@@ -1,8 +1,10 @@
 """Run the bodies of the shift_add kernels in Numba's CUDA simulator, against the reference, bit for bit.
 
 A command of its own, because the simulator is chosen when Numba is imported: NUMBA_ENABLE_CUDASIM=1 python <this file>.
-Prints one line for each run and exits with an error at the first difference.
+Prints one line for each run and exits with an error at the first difference; with --all there are more runs.
 """
+
+import sys
 
 import numpy as np
 import torch
@@ -16,17 +18,19 @@ from tests.ops.shift_add_cases import CASES, Case, assert_same_bits
 # and one tile to a block; the same with two tiles to a block, and the last of five tiles alone.
 DIVISIONS = {"several images": (64, 1), "parts": (4, 1024), "parts and uneven runs": (4, 48)}
 RUNS = [
-    ("plain", torch.float32, "parts"),
     ("plain", torch.float16, "several images"),
-    ("odd sizes, one image", torch.float32, "parts"),
     ("per channel", torch.float64, "several images"),
-    ("per channel", torch.float32, "parts"),
     ("map smaller than the kernel", torch.bfloat16, "several images"),
     ("map smaller than the kernel", torch.float32, "parts and uneven runs"),
     ("stride 2", torch.float32, "several images"),
-    ("stride 2", torch.bfloat16, "parts"),
     ("stride 3 and 1, per channel", torch.float16, "parts"),
     ("one row", torch.float32, "several images"),
+]
+MORE_RUNS = [  # of many blocks, which take seconds each
+    ("plain", torch.float32, "parts"),
+    ("odd sizes, one image", torch.float32, "parts"),
+    ("per channel", torch.float32, "parts"),
+    ("stride 2", torch.bfloat16, "parts"),
 ]
 
 
@@ -83,5 +87,5 @@ if __name__ == "__main__":
     assert intrinsics.SIMULATOR
     check_bfloat16()
     by_name = {case.name: case for case in CASES}
-    for name, dtype, division in RUNS:
+    for name, dtype, division in RUNS + MORE_RUNS if "--all" in sys.argv else RUNS:
         check(by_name[name], dtype, division)

@@ -67,12 +67,16 @@ def poison_shared_memory():
 
 
 def main(cases, check):
-    """check(case, math) for every case and its maths, or those whose name has a word of the command line in it."""
+    """check(case, math) for every case with one of its maths, each in turn; with all of them after --all.
+
+    Words of the command line choose the cases whose name has one of them in it.
+    """
     assert intrinsics.SIMULATOR
     poison_shared_memory()
-    chosen = sys.argv[1:]
-    for case in cases:
-        for math in case.maths:
+    chosen = [word for word in sys.argv[1:] if word != "--all"]
+    for number, case in enumerate(cases):
+        turn = number % len(case.maths)
+        for math in case.maths if "--all" in sys.argv else case.maths[turn : turn + 1]:
             if not chosen or any(word in case.name for word in chosen):
                 start = time.time()
                 check(case, math)

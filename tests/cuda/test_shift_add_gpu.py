@@ -10,10 +10,7 @@ from sw_transplant.cuda.shift_add import shift_add_backward, shift_add_forward
 from sw_transplant.ops import shift_add, shift_add_backward_reference, shift_add_reference
 from tests.ops.shift_add_cases import CASES, DTYPES, Case, assert_same_bits
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 # Beside the small cases: several parts of a plane, several images to a block, many placements.
 LARGE = [

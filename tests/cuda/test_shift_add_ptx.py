@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,20 @@ from numba import cuda
 
 from sw_transplant.cuda.launch import KernelSource
 from sw_transplant.cuda.shift_add import backward_source, forward_source
+from tests.sampling import sample
 
+KERNELS = ["forward", "backward", "backward, strides 2 and 3"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+CAPABILITIES = [(8, 0), (9, 0)]
+QUICK = [
+    ("forward", torch.float32, (9, 0)),
+    ("forward", torch.bfloat16, (8, 0)),
+    ("backward", torch.float32, (8, 0)),
+    ("backward", torch.float16, (9, 0)),
+    ("backward", torch.float64, (9, 0)),
+    ("backward, strides 2 and 3", torch.float32, (9, 0)),
+    ("backward, strides 2 and 3", torch.bfloat16, (8, 0)),
+]
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +56,9 @@ def compile_kernel(source: KernelSource, capability: tuple[int, int], ptxas: str
     return ptx, done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", ["forward", "backward", "backward, strides 2 and 3"])
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "capability"), sample(product(KERNELS, DTYPES, CAPABILITIES), QUICK), ids=str
+)
 def test_kernels_need_no_local_memory(kernel, dtype, capability, ptxas: str, tmp_path: Path) -> None:
     if kernel == "forward":
         source = forward_source(dtype)

@@ -1,33 +1,22 @@
 """The shift_add kernels without a GPU: their bodies in Numba's CUDA simulator, and how work is divided over blocks."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("numba.cuda", reason="needs numba-cuda")
 
 from sw_transplant.cuda.shift_add import INT32_MAX, backward_plan, divide, forward_plan, supports
-from tests.cuda.simulate_shift_add import RUNS
+from tests.cuda.simulate_shift_add import MORE_RUNS, RUNS
+from tests.sampling import sample
 
-ROOT = Path(__file__).resolve().parents[2]
+SIMULATED = [((), len(RUNS)), (("--all",), len(RUNS) + len(MORE_RUNS))]
 
 
-@pytest.mark.slow
-def test_bodies_in_the_simulator() -> None:
-    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests/cuda/simulate_shift_add.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    assert [sum(line.startswith(start) for line in lines) for start in ("forward", "backward", "bfloat16")] == [
-        len(RUNS),
-        len(RUNS),
-        1,
-    ]
+@pytest.mark.parametrize(("options", "runs"), sample(SIMULATED, SIMULATED[:1]))
+def test_bodies_in_the_simulator(simulate, options, runs: int) -> None:
+    lines = simulate("simulate_shift_add.py", *options).splitlines()
+    found = [sum(line.startswith(start) for line in lines) for start in ("forward", "backward", "bfloat16")]
+    assert found == [runs, runs, 1]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])

@@ -7,15 +7,17 @@ from sw_transplant.ops.toeplitz import kernel_applies, toeplitz_conv
 from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference
 from tests.cuda import on_gpu
 from tests.cuda.on_gpu import NUMBERS, bound
+from tests.cuda.toeplitz_cases import MATHS
+from tests.sampling import sample
 
 SHAPES = {"strips": ((2, 5, 56, 56), [(51, 5), (5, 51)]), **on_gpu.SHAPES}
 
 
-def test_bodies_in_the_simulator(simulate) -> None:
-    assert simulate("simulate_toeplitz.py").count("relative error") > 30
-
-
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+@pytest.mark.parametrize(("options", "runs"), sample([((), 14), (("--all",), 48)], [((), 14)]))
+def test_bodies_in_the_simulator(simulate, options, runs: int) -> None:
+    output = simulate("simulate_toeplitz.py", *options)
+    assert output.count("relative error") == runs
+    assert all(f", {math}: " in output for math in MATHS)
 
 
 def inputs(name: str, dtype: torch.dtype, device: str = "cuda"):
@@ -35,7 +37,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class TestOnAGPU:
-    pytestmark = gpu
+    pytestmark = pytest.mark.gpu
 
     @pytest.mark.parametrize("extras", [True, False])
     @pytest.mark.parametrize(("mode", "dtype"), NUMBERS, ids=str)

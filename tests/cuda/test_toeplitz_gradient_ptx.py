@@ -17,10 +17,8 @@ pytestmark = [
 ]
 QUICK = [
     (LAYERS[0], "tf32", (9, 0)),
-    (LAYERS[0], "float16", (8, 0)),
     (LAYERS[0], "tf32x3", (8, 0)),
     (LAYERS[6], "bfloat16", (9, 0)),
-    (LAYERS[13], "tf32", (8, 0)),
 ]
 MORE = [
     Layer((56, 56), ((7, 7), (51, 5), (5, 51), (3, 3))),

@@ -17,11 +17,8 @@ pytestmark = [
 ]
 QUICK = [
     (LAYERS[0], "tf32", (9, 0)),
-    (LAYERS[0], "float16", (9, 0)),
     (LAYERS[0], "tf32x3", (8, 6)),
-    (LAYERS[1], "tf32", (8, 0)),
-    (LAYERS[11], "bfloat16", (9, 0)),
-    (LAYERS[13], "tf32", (8, 0)),
+    (LAYERS[13], "bfloat16", (8, 0)),
 ]
 ALL = [(layer, math, (9, 0)) for layer in LAYERS for math in MATHS]
 ALL += [(layer, math, capability) for layer in LAYERS for math in MATHS[:3] for capability in ((8, 0), (8, 6))]

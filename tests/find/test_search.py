@@ -9,51 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from sw_transplant import SWConfig, inspect_model
-
-
-def conv(channels=4, size=7, **kwargs):
-    kwargs = {"padding": size // 2, "groups": channels, **kwargs}
-    return nn.Conv2d(channels, channels, size, **kwargs)
-
-
-def conv_bn(channels=4, size=7, **kwargs):
-    return nn.Sequential(conv(channels, size, bias=False, **kwargs), nn.BatchNorm2d(channels))
-
-
-class Parallel(nn.Module):
-    """A sum of branches, as in SLaK and RepLKNet."""
-
-    def __init__(self, *branches):
-        super().__init__()
-        self.parts = nn.ModuleList(branches)
-
-    def forward(self, x):
-        return sum(part(x) for part in self.parts)
-
-
-class Residual(nn.Module):
-    """A caller that does more than a sum of depthwise convolutions."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return x + torch.relu(self.inner(x))
-
-
-class Functional(nn.Module):
-    """Holds its kernel as a parameter, and calls F.conv2d."""
-
-    def __init__(self, act=None, **settings):
-        super().__init__()
-        self.kernel = nn.Parameter(torch.randn(4, 1, 9, 9))
-        self.offset = nn.Parameter(torch.randn(4))
-        self.act = act or nn.Identity()
-        self.settings = {"padding": 4, "groups": 4, **settings}
-
-    def forward(self, x):
-        return self.act(F.conv2d(x, self.kernel, self.offset, **self.settings))
+from tests.small_models import Functional, Parallel, Residual, SelfPadding, conv, conv_bn
 
 
 def found(model, **kwargs):
@@ -328,18 +284,6 @@ def test_tied_weights_are_left():
     assert all("a.weight and b.weight are one parameter" in reason for reason in reasons(model).values())
 
 
-class SelfPadding(nn.Conv2d):
-    """Says padding 0 and pads to keep the size, as published large-kernel operators and timm's Conv2dSame do."""
-
-    def forward(self, x):
-        total = [
-            max((-(-s // st) - 1) * st + k - s, 0)
-            for s, st, k in zip(x.shape[2:], self.stride, self.kernel_size, strict=True)
-        ]
-        x = F.pad(x, (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2))
-        return super().forward(x)
-
-
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_class_that_pads_by_itself_is_recognised_by_running_it(stride):
     (match,) = inspect_model(nn.Sequential(SelfPadding(4, 4, 7, stride, groups=4))).matches
@@ -358,7 +302,8 @@ def test_a_probed_layer_keeps_its_state_and_the_random_stream():
 def test_layers_on_the_meta_device_are_found():
     with torch.device("meta"):
         model = nn.Sequential(conv(), Residual(Parallel(conv_bn(size=13), conv_bn(size=5))))
-    assert list(found(model)) == ["0", "1.inner"]
+    assert list(found(model)) == ["0", "1.inner.parts.0.0"]
+    assert "meta device" in reasons(model)["1.inner"]
 
 
 # ---- select ----

@@ -19,7 +19,7 @@ from sw_transplant.hf import ShiftwiseConfig, ShiftwiseQuantizer, attach
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from tests.acceptance import shiftwise_layers, tensors_of
 from tests.hf.models import MODELS
-from tests.surgery.test_convert import assert_unchanged, snapshot
+from tests.snapshots import assert_unchanged, snapshot
 
 KINDS = {"dense": SWConfig(), "edges": SWConfig(edges=2)}
 CONVNEXT = transformers.ConvNextForImageClassification

@@ -16,8 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from sw_transplant import SWConfig, convert
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.layers.tables import Tables
-from tests.acceptance import relative_rms
-from tests.surgery.test_convert import shiftwise
+from tests.acceptance import relative_rms, shiftwise_layers
 
 DECAYS = (0.9, 0.9999)
 AVERAGES: dict[str, Callable[[nn.Module], Any]] = {
@@ -45,7 +44,7 @@ def network() -> nn.Module:
     model = nn.Sequential(
         convert(square, SWConfig(tile=5)), convert(strip, SWConfig(edges=3)), SWConv2d(4, 51, ghost=0.4)
     )
-    for layer in shiftwise(model).values():
+    for layer in shiftwise_layers(model).values():
         for name, parameter in layer.named_parameters():
             if name.endswith(("gain", "weight")):
                 nn.init.uniform_(parameter, 0.5, 1)

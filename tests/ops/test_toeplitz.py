@@ -1,15 +1,13 @@
 """toeplitz_conv and toeplitz_weight_grad as operators: the definition, gradients, registration, compilation, errors."""
 
 import contextlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sw_transplant.ops import toeplitz
+from sw_transplant.ops import toeplitz_selftest
 from sw_transplant.ops.toeplitz import toeplitz_conv, toeplitz_weight_grad
 from sw_transplant.ops.toeplitz_reference import pairs, toeplitz_conv_reference, toeplitz_weight_grad_reference
 
@@ -206,54 +204,64 @@ def test_errors_say_what_came_and_what_was_expected(change: dict, message: str) 
         toeplitz_conv(**(good | change))
 
 
-def test_importing_the_operator_imports_no_numba() -> None:
-    code = "import sys, sw_transplant.ops.toeplitz; assert not {m for m in sys.modules if m.startswith('numba')}"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+def right_conv(x, weights, bias, residual, plan, out):
+    """In place of the kernel's launcher: the reference. The plan is what `plan_for` below made of the call."""
+    sizes, origins = plan
+    assert [tuple(weight.shape[2:]) for weight in weights] == sizes
+    out.copy_(toeplitz_conv_reference(x, weights, [value for pair in origins for value in pair], bias, residual))
 
 
-def test_a_device_with_wrong_results_is_found_out(monkeypatch):
-    cpu = torch.device("cpu")
-    toeplitz.self_test.cache_clear()
-    assert toeplitz.self_test(cpu) == ""
-    for broken, problem in (
-        (lambda x, *_: 1.01 * toeplitz_conv(x, *_), "is wrong"),
-        (lambda *_: 1 / 0, "ZeroDivision"),
-    ):
-        toeplitz.self_test.cache_clear()
-        monkeypatch.setattr(toeplitz, "toeplitz_conv", broken)
-        with pytest.warns(RuntimeWarning, match=problem):
-            assert problem in toeplitz.self_test(cpu)
-        assert problem in toeplitz.self_test(cpu)  # and no second warning
-    toeplitz.self_test.cache_clear()
+def right_weight_grad(x, grad, plan):
+    return toeplitz_weight_grad_reference(x, grad, *([value for pair in pairs for value in pair] for pairs in plan))
 
 
-def test_a_device_with_wrong_weight_gradients_is_found_out(monkeypatch):
+def wrong(launch, change):
+    """A launcher whose results are changed."""
+
+    def run(*arguments):
+        results = launch(*arguments)
+        for result in arguments[-1:] if results is None else results:
+            change(result)
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("self_test", "planner", "name", "right"),
+    [
+        (toeplitz_selftest.self_test, "plan_for", "toeplitz_conv_forward", right_conv),
+        (toeplitz_selftest.weight_grad_self_test, "weight_grad_plan_for", "toeplitz_weight_grad", right_weight_grad),
+    ],
+)
+def test_a_device_with_wrong_results_is_found_out(monkeypatch, self_test, planner: str, name: str, right) -> None:
     kernels = pytest.importorskip("sw_transplant.cuda.toeplitz", reason="the CUDA extra is not installed")
     cpu = torch.device("cpu")
-    monkeypatch.setattr(kernels, "weight_grad_plan_for", lambda x, sizes, origins: (sizes, origins))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-
-    def right(x, grad, plan):
-        return toeplitz_weight_grad_reference(x, grad, *([value for pair in pairs for value in pair] for pairs in plan))
-
-    for run, problem in (
-        (right, ""),
-        (lambda *a: [1.01 * result for result in right(*a)], "is wrong"),
-        (lambda *a: [result / 0 for result in right(*a)], "is wrong"),
-        (lambda *a: 1 / 0, "ZeroDivision"),
+    for plan_for, launch, problem in (
+        (lambda x, *plan: plan, right, ""),
+        (lambda x, *plan: plan, wrong(right, lambda result: result.mul_(1.01)), "is wrong"),
+        (lambda x, *plan: plan, wrong(right, lambda result: result.div_(0)), "is wrong"),
+        (lambda x, *plan: plan, lambda *arguments: 1 / 0, "ZeroDivision"),
+        (lambda x, *plan: None, lambda *arguments: 1 / 0, ""),  # nothing to run, nothing wrong
     ):
-        toeplitz.weight_grad_self_test.cache_clear()
-        monkeypatch.setattr(kernels, "toeplitz_weight_grad", run)
+        self_test.cache_clear()
+        monkeypatch.setattr(kernels, planner, plan_for)
+        monkeypatch.setattr(kernels, name, launch)
         with pytest.warns(RuntimeWarning, match=problem) if problem else contextlib.nullcontext():
-            assert problem in toeplitz.weight_grad_self_test(cpu)
-        assert bool(problem) == toeplitz._wrong_weight_grad(cpu)  # and no second warning
-    toeplitz.weight_grad_self_test.cache_clear()
+            told = self_test(cpu)
+        assert problem in told
+        assert bool(told) == bool(problem)
+        assert self_test(cpu) == told  # and no second warning
+        if right is right_weight_grad:
+            assert toeplitz_selftest.weight_grad_is_wrong(cpu) == bool(problem)
+    self_test.cache_clear()
 
 
 def test_an_old_gpu_is_told_so_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    toeplitz._why_no_kernel.cache_clear()
+    toeplitz_selftest._why_no_kernel.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"compute capability 8\.0, not 7\.5") as caught:
-        assert toeplitz.why_no_kernel(0) == toeplitz.why_no_kernel(0) != ""
+        assert toeplitz_selftest.why_no_kernel(0) == toeplitz_selftest.why_no_kernel(0) != ""
     assert len(caught) == 1
-    toeplitz._why_no_kernel.cache_clear()
+    toeplitz_selftest._why_no_kernel.cache_clear()

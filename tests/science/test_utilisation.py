@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sw_transplant.layers.sw_conv2d import BRANCHES, SWConv2d
+from sw_transplant import convert
+from sw_transplant.layers.orders import BRANCHES
+from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.science.utilisation import utilisation
-from sw_transplant.surgery import convert
 
 
 def reached(module, size):

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import socket
 
 import numpy as np
 import pytest
@@ -448,11 +446,11 @@ def test_state_dict_counts_the_steps():
         sparsity.load_state_dict({"step": 1})
 
 
-def _train_alone(rank, port, folder):
+def _train_alone(rank, folder):
     """A process that never exchanges gradients: its weights, hence its own choice of filters, drift away."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    meeting = f"file://{folder / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     model = Tiny()
     sparsity = FilterSparsity(model, update_frequency=1, sparse_gap=4, seed=rank)
     sparsity.initialise((*batch(rank), F.cross_entropy))
@@ -465,10 +463,7 @@ def _train_alone(rank, port, folder):
 
 
 def test_two_processes_hold_the_same_masks_after_updates_on_different_data(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_train_alone, (port, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(_train_alone, (tmp_path,), nprocs=2)
     (first, weights), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert same(first, second)
     assert not torch.equal(weights["head.weight"], others["head.weight"])
@@ -670,7 +665,7 @@ def test_tiles_out_of_use_leave_the_convolution_of_the_shift_form(build: str) ->
 
     def shares() -> list[int]:
         call = Call((9, 9), (9, 9), (1, 1), torch.float32)
-        plan = prepare_shift([branch.placed((0, 0), fold=False) for branch in module._branches()][:1], call)
+        plan = prepare_shift([branch.placed((0, 0), fold=False) for branch in module.parts()][:1], call)
         return [group.tiles for group in plan]
 
     def agrees() -> bool:

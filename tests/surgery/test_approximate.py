@@ -9,7 +9,7 @@ from torch import nn
 from sw_transplant import ShiftwiseConv2d, SWConfig, convert, inspect_model, load, merge, save, summary
 from sw_transplant.equivalence import lay_out
 from sw_transplant.layers.sw_conv2d import SWConv2d
-from tests.find.test_search import Parallel, Residual, conv, conv_bn
+from tests.small_models import Parallel, Residual, conv, conv_bn
 
 
 def config(**changes):

@@ -8,56 +8,10 @@ import torch
 from torch import nn
 
 from sw_transplant import NoLargeKernelError, ShiftwiseConv2d, SWConfig, convert, load, save, summary
-from tests.find.test_search import Functional, Parallel, Residual, SelfPadding, conv, conv_bn
+from tests.small_models import Parallel, conv, conv_bn, model_of_everything
+from tests.snapshots import assert_unchanged, snapshot
 
 surgery = sys.modules["sw_transplant.surgery.convert"]  # the package's attribute of that name is the function
-
-
-def model_of_everything():
-    """Leaves, sums, shared layers, functional convolutions, frozen parts; float64, so that errors show."""
-    torch.manual_seed(0)
-    shared = conv()
-    model = nn.Sequential(
-        Residual(conv(bias=True)),
-        Residual(Parallel(conv_bn(size=13), conv_bn(size=5), nn.BatchNorm2d(4))),
-        Residual(shared),
-        nn.BatchNorm2d(4),
-        Residual(nn.Sequential(shared, nn.ReLU())),
-        Functional(),
-        SelfPadding(4, 4, 7, 2, groups=4),
-        nn.Conv2d(4, 8, 8, padding="same", groups=4),
-    ).double()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            module.running_var.uniform_(0.5, 2)
-    return model
-
-
-def snapshot(model):
-    """Everything that a conversion could change: tree, objects, modes, tensors (bits and addresses)."""
-    return {
-        "tree": [
-            (path, id(module), type(module), module.training)
-            for path, module in model.named_modules(remove_duplicate=False)
-        ],
-        "state": {
-            name: (id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.detach().clone())
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        },
-        "attributes": [sorted(module.__dict__) for module in model.modules()],
-    }
-
-
-def assert_unchanged(model, before):
-    after = snapshot(model)
-    assert after["tree"] == before["tree"]
-    assert after["attributes"] == before["attributes"]
-    assert after["state"].keys() == before["state"].keys()
-    for name, (*facts, tensor) in after["state"].items():
-        *facts_before, tensor_before = before["state"][name]
-        assert facts == facts_before, name
-        assert torch.equal(tensor, tensor_before), name
 
 
 def shiftwise(model):

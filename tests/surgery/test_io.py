@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from sw_transplant import ShiftwiseConv2d, SWConfig, convert, load, save
-from tests.find.test_search import conv
-from tests.surgery.test_convert import assert_unchanged, model_of_everything, snapshot
+from tests.small_models import conv, model_of_everything
+from tests.snapshots import assert_unchanged, snapshot
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ from torch import nn
 
 from sw_transplant import ShiftwiseConv2d, convert, merge
 from sw_transplant.surgery.merge import ParallelConv2d, SameConv2d
-from tests.find.test_search import Parallel, conv, conv_bn
-from tests.surgery.test_convert import model_of_everything
+from tests.small_models import Parallel, SelfPadding, conv, conv_bn, model_of_everything
 
 
 def test_the_function_is_preserved_and_no_shiftwise_module_is_left():
@@ -47,8 +46,6 @@ def test_parallel_strips_stay_two_convolutions():
 
 
 def test_padding_that_depends_on_the_map_is_kept():
-    from tests.find.test_search import SelfPadding
-
     merged = merge(convert(SelfPadding(4, 4, 7, 2, groups=4)))
     assert isinstance(merged, SameConv2d)
 

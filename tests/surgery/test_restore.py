@@ -11,29 +11,9 @@ from torch import nn
 
 from sw_transplant import ShiftwiseConv2d, SWConfig, convert, restore
 from sw_transplant.layers.sw_conv2d import SWConv2d
-from tests.acceptance import randomise
-from tests.find.test_search import Functional, Parallel, conv, conv_bn
-from tests.surgery.test_convert import assert_unchanged, model_of_everything, shiftwise, snapshot
-
-
-def assert_same_model(model: nn.Module, expected: nn.Module) -> None:
-    """Classes, names, their order, modes, what is trained, and every tensor: bits, dtype, strides."""
-    assert repr(model) == repr(expected)
-    trees = ([(p, type(m), m.training) for p, m in x.named_modules(remove_duplicate=False)] for x in (model, expected))
-    assert next(trees) == next(trees)
-    assert [(n, p.requires_grad) for n, p in model.named_parameters()] == [
-        (n, p.requires_grad) for n, p in expected.named_parameters()
-    ]
-    state, wanted = model.state_dict(), expected.state_dict()
-    assert list(state) == list(wanted)
-    for name, tensor in wanted.items():
-        assert_same_tensor(state[name], tensor, name)
-
-
-def assert_same_tensor(got: torch.Tensor, expected: torch.Tensor, name: str = "") -> None:
-    facts = [(x.dtype, x.device, x.shape, x.stride()) for x in (got, expected)]
-    assert facts[0] == facts[1], name
-    assert torch.equal(got, expected), name
+from tests.acceptance import randomise, shiftwise_layers
+from tests.small_models import Functional, Parallel, conv, conv_bn, model_of_everything
+from tests.snapshots import assert_same_model, assert_unchanged, snapshot
 
 
 def test_a_copy_is_restored_and_the_model_left_as_it_was() -> None:
@@ -194,7 +174,7 @@ def test_a_converted_model_reads_the_originals_weights() -> None:
     for config in (SWConfig(), SWConfig(edges=2, tile=4)):
         converted = convert(model_of_everything(), config, select=["[0-5]*"])  # the others pad 'same'
         if config.edges:
-            for layer in shiftwise(converted).values():
+            for layer in shiftwise_layers(converted).values():
                 for branch in layer.branches:
                     if branch.gain is not None:
                         branch.gain.data.fill_(0.7)

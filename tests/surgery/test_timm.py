@@ -18,7 +18,7 @@ from sw_transplant import SWConfig, convert, restore
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.names import no_weight_decay, original_names
 from tests.acceptance import randomise, relative_rms, shiftwise_layers
-from tests.surgery.test_restore import assert_same_model
+from tests.snapshots import assert_same_model
 
 
 def original(**arguments: Any) -> nn.Module:

@@ -1,14 +1,17 @@
 """Large depthwise convolutions as Toeplitz products on tensor cores.
 
-plan       what a kernel is compiled for: geometry, and where everything lies in shared memory
-settings   which plan to use
-product    the products of a warp: what is multiplied with what
-tally      the products, counted
-emit       the products as instructions
-staging    from global to shared memory
-kernel     around the products: into shared memory, and out of it
-launcher   from tensors to a launch
-gradient   the same for the gradient of the kernels
+Read in this order:
+
+    plan        what a kernel is compiled for: geometry, and where everything lies in shared memory
+    settings    which plan to use
+    product     the products of a warp: what is multiplied with what
+    tally       the products, counted
+    emit        the products as instructions
+    words       a few instructions that Numba does not have
+    staging     from global to shared memory
+    kernel      around the products: into shared memory, and out of it
+    launcher    from tensors to a launch
+    gradient    the same for the gradient of the kernels
 """
 
 from sw_transplant.cuda.toeplitz.gradient import toeplitz_weight_grad, weight_grad_plan_for

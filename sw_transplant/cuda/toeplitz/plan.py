@@ -4,9 +4,8 @@ Pure Python, and hashable: a plan is the key that a kernel is compiled for. It k
 of the size of a map that is cut into tiles.
 
 A dense depthwise kernel is a sum of `lines` one-dimensional kernels: its columns if it is contracted along the rows of
-the map (axis 0), its rows if it is contracted along the columns (axis 1). A line times the map is the product of a
-banded Toeplitz matrix, whose element depends on (contracted position - output position) only, with the map.
-Shared memory is counted in words of 32 bits: one TF32 value, or two neighbours of 16 bits along the contracted axis.
+the map (axis 0), its rows if it is contracted along the columns (axis 1): docs/design/toeplitz.md. Shared memory is
+counted in words of 32 bits: one TF32 value, or two neighbours of 16 bits along the contracted axis.
 """
 
 import functools

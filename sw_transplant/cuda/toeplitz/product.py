@@ -5,7 +5,7 @@
 unrolled by Python), a count gives the cost of a plan, and the tests run all lanes of a warp in lockstep with NumPy.
 Indices are anything with + - * >> &: a constant, an LLVM value, an array with one element for each lane.
 
-Fragments (PTX, m16n8k8 of TF32 and m16n8k16 of 16 bits alike, in words), with g = lane >> 2 and t = lane & 3:
+Fragments (docs/design/toeplitz.md draws them), in words, with g = lane >> 2 and t = lane & 3:
 A (16 x 8 words): a0 (g, t), a1 (g+8, t), a2 (g, t+4), a3 (g+8, t+4); B (8 words x 8): b0 (t, g), b1 (t+4, g);
 C (16 x 8): c0 (g, 2t), c1 (g, 2t+1), c2 (g+8, 2t), c3 (g+8, 2t+1).
 """

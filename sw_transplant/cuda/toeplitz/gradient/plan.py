@@ -2,12 +2,10 @@
 
     dW[i, j] = sum over images, h, w of grad[h, w] * x[h + i - top, w + j - left]
 
-Take one line of a kernel, a column j of a 51 x 5 strip say. With the gradient as a matrix over (h, w) and the map as
-one over (w, h'), shifted by j - left, their product sums over w, and tap i is the sum of a diagonal, h' - h = i - top.
-A diagonal does not mind where along it a product lies: all products of 16 rows of the gradient with 8 of the map that
-are equally far apart are added to the same 16 x 8 sums, whatever the size of the map, over all of its tiles and all
-images. A line of 51 taps needs 9 such fragments, (51 + 15) / 8. Lines along the rows are the same, mirrored: h is
-summed over then, and diagonals run along w.
+Gradient times map is a matrix product for each line of taps, and a tap is the sum of a diagonal of it. Products of 16
+rows of the gradient with 8 of the map that are equally far apart are added to the same 16 x 8 sums: 9 of them for 51
+taps, whatever the size of the map (docs/design/toeplitz.md has the picture). Lines along the rows are the same, but
+mirrored.
 
 Pure Python, and hashable: a plan is the key that a kernel is compiled for. It knows nothing of batch and channels, nor
 of the size of a map that is cut into tiles. Shared memory is counted in words of 32 bits: one TF32 value, or two of 16

@@ -1,8 +1,9 @@
-"""The shortcut of small layers on a CPU: the same bits as the long way, and never taken for anything else."""
+"""The plan that eval keeps, and the shortest way through it on a CPU: the same bits, and never for anything else."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sw_transplant import ShiftwiseConv2d, convert
-from sw_transplant.layers.shortcut import Shortcut
+from sw_transplant.layers.plan import Plan, _Kept
 from sw_transplant.layers.sw_conv2d import SWConv2d
 
 
@@ -42,7 +43,7 @@ def layer(name: str) -> tuple[ShiftwiseConv2d, Tensor]:
 
 
 def warm(module: ShiftwiseConv2d, x: Tensor) -> Tensor:
-    """The result of the first call; there is a shortcut then."""
+    """The result of the first call; the shortest way is known then."""
     with torch.no_grad():
         first = module(x)
         for _ in range(3):
@@ -51,23 +52,23 @@ def warm(module: ShiftwiseConv2d, x: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def taken(monkeypatch) -> list[bool]:
-    """For every time that a shortcut is tried, whether it was taken."""
-    outcomes: list[bool] = []
-    call = Shortcut.__call__
+def taken(monkeypatch) -> list[str]:
+    """The way of every call that the plan which is kept serves: "short" or "plan"; a call that makes one has none."""
+    ways: list[str] = []
+    serve = _Kept.serve
 
-    def noted(self: Shortcut, x: Tensor) -> Tensor | None:
-        y = call(self, x)
-        outcomes.append(y is not None)
-        return y
+    def noted(self: _Kept, x: Tensor) -> Callable[[Tensor], Tensor]:
+        way = serve(self, x)
+        ways.append("plan" if isinstance(way, Plan) else "short")
+        return way
 
-    monkeypatch.setattr(Shortcut, "__call__", noted)
-    return outcomes
+    monkeypatch.setattr(_Kept, "serve", noted)
+    return ways
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_same_bits_in_the_same_format(name: str, layout: torch.memory_format, taken: list[bool]) -> None:
+def test_the_same_bits_in_the_same_format(name: str, layout: torch.memory_format, taken: list[str]) -> None:
     module, x = layer(name)
     x = x.contiguous(memory_format=layout)
     first = warm(module, x)
@@ -75,14 +76,14 @@ def test_the_same_bits_in_the_same_format(name: str, layout: torch.memory_format
     other = torch.randn_like(x)
     with torch.no_grad():
         got, expected = module(x), copy.deepcopy(module)(other)
-        assert taken == [True]
+        assert taken == ["short"]
         assert torch.equal(module(other), expected)
     assert torch.equal(got, first)
     assert got.stride() == first.stride()
     assert torch.allclose(first, LAYERS[name][0](x), atol=1e-4)
 
 
-def test_other_maps_take_the_long_way(taken: list[bool]) -> None:
+def test_other_maps_take_the_long_way(taken: list[str]) -> None:
     module, x = layer("small")
     warm(module, x)
     others = [
@@ -97,19 +98,19 @@ def test_other_maps_take_the_long_way(taken: list[bool]) -> None:
     for other in others:
         taken.clear()
         y = module(other)
-        assert taken[0] is False
+        assert taken == []
         assert torch.allclose(y, LAYERS["small"][0](other), atol=1e-5)
         warm(module, x)
 
 
-def test_other_conditions_take_the_long_way(taken: list[bool]) -> None:
+def test_other_conditions_take_the_long_way(taken: list[str]) -> None:
     module, x = layer("small")
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     warm(module, x)
     taken.clear()
     assert not module(x).requires_grad
-    assert taken == [True]
+    assert taken == ["short"]
     with torch.autocast("cpu", torch.bfloat16):
         assert module(x).dtype == torch.bfloat16
     with FlopCounterMode(display=False) as counter:
@@ -117,7 +118,7 @@ def test_other_conditions_take_the_long_way(taken: list[bool]) -> None:
     assert counter.get_total_flops() == 2 * x.numel() * 49
     with torch.inference_mode():
         module(x)
-    assert True not in taken[1:]
+    assert "short" not in taken[1:]
     for parameter in module.parameters():
         parameter.requires_grad_(True)
     assert module(x).requires_grad
@@ -150,16 +151,29 @@ def test_changes_are_seen(change: str) -> None:
         assert not torch.allclose(after, before, atol=1e-3)
 
 
-def test_autocast_leaves_no_shortcut() -> None:
+def test_autocast_takes_the_plan(taken: list[str]) -> None:
     module, x = layer("small")
     with torch.autocast("cpu", torch.bfloat16):
         warm(module, x.bfloat16())
-    assert module._shortcut is None
+        warm(module, x)
+    assert set(taken) == {"plan"}
     with pytest.raises(RuntimeError, match="same"), torch.no_grad():
         module(x.bfloat16())
 
 
-def test_ghosts_have_no_shortcut() -> None:
+def test_ghosts_go_around_the_plan() -> None:
     module, x = SWConv2d(8, 9, ghost=0.25).eval(), torch.randn(1, 8, 10, 10)
+    first = warm(module, x)
+    with torch.no_grad():
+        assert torch.equal(module(x), first)
+        assert torch.equal(module(x)[:, module.ghosts], x[:, module.ghosts])
+
+
+def test_another_number_of_images_keeps_the_plan() -> None:
+    module, x = layer("strips")
     warm(module, x)
-    assert module._shortcut is None
+    kept = module._planner._kept
+    with torch.no_grad():
+        for count in (1, 3, 2):
+            module(x[:1].expand(count, -1, -1, -1).contiguous())
+    assert module._planner._kept is kept

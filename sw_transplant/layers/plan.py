@@ -1,0 +1,260 @@
+"""What a call of a layer does: its plan, who makes it, and how long it is kept (docs/design/caching.md).
+
+A plan is made of the layer's parameters for maps of one size: the form that was chosen, the tensors that it multiplies
+with, and what is added. Making one takes longer than a small convolution; hence eval keeps it while nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sw_transplant.forms import FORMS, Biases, Call
+from sw_transplant.forms.assembled import join_extents, shorten
+from sw_transplant.forms.dispatch import (
+    AUTOCAST,
+    FEW_IMAGES,
+    Conditions,
+    Decision,
+    Job,
+    choose_form,
+    conditions,
+    matmul_is_coarser,
+)
+from sw_transplant.geometry import Extent, Padding, Size
+from sw_transplant.layers.branch import PlacedTiles, total
+from sw_transplant.layers.recompute import Recompute, computed_twice, normalise
+from sw_transplant.layers.watch import Watch
+from sw_transplant.ops.depthwise import is_channels_last, layout_of, runs_as_it_is
+from sw_transplant.ops.tracing import is_transformed
+
+
+class Layer(Protocol):
+    """What a plan is made of: a :class:`ShiftwiseConv2d`."""
+
+    stride: Size
+    recompute: Recompute
+
+    @property
+    def form(self) -> str: ...
+    @property
+    def kernel_size(self) -> Size: ...
+    @property
+    def padding(self) -> Size | Padding: ...
+    def parts(self) -> Sequence[PlacedTiles]: ...
+    def extent_on(self, branch: PlacedTiles, size: Size) -> Extent: ...
+    def out_size(self, size: Size) -> Size: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs on maps of one size.
+
+    Attributes:
+        decision: the form, and why.
+        prepared: what the form made of the branches.
+        biases: what is added to each output.
+        norms: the BatchNorms of the last outputs, where batch statistics normalise them.
+        call: sizes, stride, dtype.
+        turns: maps are turned to channels_last first: the layer is laid out so.
+        casts: maps of another dtype are cast: autocast is on.
+        twice: which outputs are computed again in the backward pass.
+    """
+
+    decision: Decision
+    prepared: Any
+    biases: Biases
+    norms: list[nn.Module]
+    call: Call
+    turns: bool
+    casts: bool
+    twice: list[bool]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum of all outputs for a map ``(B, C, H, W)``, each through its BatchNorm, laid out as the map is."""
+        if self.turns:
+            x = x.contiguous(memory_format=torch.channels_last)
+        layout = layout_of(x)
+        if self.casts and x.dtype is not self.call.dtype:
+            x = x.to(self.call.dtype)
+        maps = FORMS[self.decision.form].execute(x, self.prepared, self.biases, self.call)
+        for k, norm in enumerate(self.norms, start=len(maps) - len(self.norms)):
+            maps[k] = self._normalised(k, norm, maps[k], x)
+        y = maps[0] if len(maps) == 1 else reduce(add, maps)
+        return y.contiguous(memory_format=layout)
+
+    def shortened(self, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """What does the same, bit for bit, with maps of this size, these strides and this dtype, with little Python.
+
+        Between two small convolutions on a CPU, the Python of a call costs as much as they do.
+        """
+        if self.decision.form != "assembled" or self.norms or self.casts or like.device.type != "cpu":
+            return self
+        given = like.contiguous(memory_format=torch.channels_last) if self.turns else like
+        run = shorten(given, self.prepared[0], self.biases[0], self.call)
+        if run is None:
+            return self
+        layout, turns = layout_of(given), given is not like
+
+        def shortest(x: Tensor) -> Tensor:
+            if turns:
+                x = x.contiguous(memory_format=torch.channels_last)
+            return run(x).contiguous(memory_format=layout)
+
+        return shortest
+
+    def _normalised(self, k: int, norm: nn.Module, responses: Tensor, x: Tensor) -> Tensor:
+        if not self.twice[k] or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return norm(responses)  # type: ignore[no-any-return]
+        one, given = slice(k, k + 1), x.detach()
+        execute = FORMS[self.decision.form].execute
+        return normalise(
+            norm, responses, lambda: execute(given, self.prepared[one], self.biases[one], self.call)[0].to(responses)
+        )
+
+
+class Planner:
+    """Gives a layer the plan of each call, and keeps the last one where it may serve again.
+
+    Attributes:
+        decision: of the last call that was not compiled, captured or transformed; None before it.
+    """
+
+    def __init__(self) -> None:
+        self.decision: Decision | None = None
+        self._kept: _Kept | None = None
+
+    def __call__(self, layer: Layer, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """What the layer does with a map ``(B, C, H, W)``.
+
+        Raises:
+            ValueError: the map is too small for the kernels.
+        """
+        if torch.compiler.is_compiling():
+            return self._anew(layer, x)
+        if is_transformed():
+            return self._apart(layer, x)
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._anew(layer, x)
+        return self._kept_or_anew(layer, x)
+
+    def forget(self) -> None:
+        """Drops the plan that is kept."""
+        self._kept = None
+
+    @staticmethod
+    def _anew(layer: Layer, x: Tensor) -> Plan:
+        """Compiled or captured: the plan's tensors are made in the graph, from the weights of the time when it runs."""
+        return make_plan(layer, x, conditions(x))
+
+    def _apart(self, layer: Layer, x: Tensor) -> Plan:
+        """Under torch.func: tensors that stand for others must not stay behind in a plan, nor be read from one."""
+        self.forget()
+        return self._anew(layer, x)
+
+    def _kept_or_anew(self, layer: Layer, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Eager: the plan that is kept, where nothing that went into it has changed."""
+        kept, key = self._kept, _key(x)
+        if kept is not None and kept.key == key and kept.watch.unchanged():
+            return kept.serve(x)
+        self.forget()
+        plan = self._anew(layer, x)
+        self.decision = plan.decision
+        if not plan.norms:
+            with suppress(RuntimeError):  # tensors whose changes nobody counts: no plan is kept
+                watch = Watch(layer)  # type: ignore[arg-type]
+                if not (torch.is_grad_enabled() and watch.wants_gradients()):
+                    self._kept = _Kept(key, plan, watch)
+        return plan
+
+    def __reduce__(self) -> tuple[Callable[[], Planner], tuple[()]]:
+        return Planner, ()  # copies and pickles start anew
+
+
+class _Kept:
+    """A plan that served a call, for the calls after it."""
+
+    def __init__(self, key: tuple[Any, ...], plan: Plan, watch: Watch) -> None:
+        self.key, self.plan, self.watch = key, plan, watch
+        self._short: tuple[torch.Size, torch.dtype, Callable[[Tensor], Tensor]] | None = None
+
+    def serve(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """The plan; for maps just like those of the call before, the shortest way through it."""
+        if type(x) is not Tensor or not runs_as_it_is(x):
+            return self.plan
+        short = self._short
+        if short is None or short[0] != x.shape or short[1] is not x.dtype:
+            self._short = short = (x.shape, x.dtype, self.plan.shortened(x))
+        return short[2]
+
+
+def _key(x: Tensor) -> tuple[Any, ...]:
+    """What a plan depends on beside the layer: asked before every call, so only what is quick to ask."""
+    shape, device = x.shape, x.device
+    kind = device.type
+    autocast = torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None
+    common = (shape[1:], x.stride(), shape[0] > FEW_IMAGES, device, autocast, torch.is_inference_mode_enabled())
+    if kind != "cuda":
+        return common
+    # On another stream the plan's tensors may not be ready yet.
+    return (*common, matmul_is_coarser(), torch.cuda.current_stream(device).cuda_stream)
+
+
+def make_plan(layer: Layer, x: Tensor, given: Conditions) -> Plan:
+    """The sum of all linear branches, then each branch that batch statistics normalise, in the form that is best.
+
+    Args:
+        layer: what the plan is for.
+        x: a map ``(B, C, H, W)``; its size counts.
+        given: the conditions of the call.
+
+    Raises:
+        ValueError: the map is too small for the kernels.
+    """
+    size = (x.shape[2], x.shape[3])
+    out_size = layer.out_size(size)
+    if min(out_size) < 1:
+        raise ValueError(
+            f"ShiftwiseConv2d: map {size[0]}x{size[1]} with padding {layer.padding} is smaller than the kernel "
+            f"{layer.kernel_size}; expected a map that gives at least one output"
+        )
+    branches = layer.parts()
+    dtype, turns = branches[0].bank.dtype, is_channels_last(branches[0].bank)
+    if turns:
+        given = given._replace(channels_last=True)
+    casts = given.autocast is not None and dtype is not torch.float64  # which autocast leaves alone
+    call = Call(size, out_size, layer.stride, given.autocast if casts else dtype)  # type: ignore[arg-type]
+    branches = sorted(branches, key=lambda branch: not branch.folds)  # linear ones first
+    linear = [branch for branch in branches if branch.folds]
+    normalised = branches[len(linear) :]
+    parts = [branch.placed(layer.extent_on(branch, size).origin, fold=branch.folds) for branch in branches]
+    channels = (x.shape[1], parts[0][0].bank.shape[0])
+    if channels[0] != channels[1]:  # each channel goes to several: not the map as it is
+        parts = [[replace(placed, identity=False) for placed in part] for part in parts]
+    outputs = [reduce(add, parts[: len(linear)])] if linear else []
+    outputs += parts[len(linear) :]
+    biases: list[Tensor | None] = [branch.bias for branch in normalised]
+    if linear:
+        biases.insert(0, total([branch.folded_bias() for branch in linear], dtype))
+
+    kernels = [[extent for extent, _ in join_extents([placed.extent for placed in entry])] for entry in outputs]
+    trained = torch.is_grad_enabled() and any(placed.bank.requires_grad for entry in outputs for placed in entry)
+    decision = choose_form(layer.form, Job(channels, call, kernels, trained), given)
+    recompute = "none" if decision.form == "shift" else layer.recompute
+    return Plan(
+        decision,
+        FORMS[decision.form].prepare(outputs, call),
+        [None if bias is None else bias.to(call.dtype) for bias in biases],
+        [branch.bn for branch in normalised],  # type: ignore[misc]
+        call,
+        turns,
+        casts,
+        computed_twice(recompute, [sum(extent.taps for extent in extents) for extents in kernels]),
+    )

@@ -1,0 +1,55 @@
+"""The gradients of `toeplitz_conv` and of `toeplitz_weight_grad`, by these two operators themselves: so of any order.
+
+With out = conv(x, K, origins): the gradient of x is a conv of the output's gradient with K turned by half a turn, whose
+origins count from the other end; that of K is weight_grad(x, grad). The latter is bilinear, hence two more convs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _flipped_origins(sizes: Sequence[int], origins: Sequence[int]) -> list[int]:
+    return [size - 1 - origin for size, origin in zip(sizes, origins, strict=True)]
+
+
+def _flipped(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [weight.flip(2, 3) for weight in weights]
+
+
+def save_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, origins, bias, residual = inputs
+    ctx.save_for_backward(x, *weights)
+    ctx.origins, ctx.residual, ctx.has_bias = list(origins), residual, bias is not None
+    ctx.sizes = [size for weight in weights for size in weight.shape[2:]]
+
+
+def grad_of_conv(ctx: Any, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None], None, Tensor | None, None]:
+    x, *weights = ctx.saved_tensors
+    needs_x, needs_weights, _, needs_bias, _ = ctx.needs_input_grad
+    grad_x = grad_bias = None
+    grad_weights: list[Tensor | None] = [None] * len(weights)
+    if needs_x:
+        origins = _flipped_origins(ctx.sizes, ctx.origins)
+        grad_x = torch.ops.sw_transplant.toeplitz_conv(grad, _flipped(weights), origins, None, ctx.residual)
+    if any(needs_weights):
+        grad_weights = torch.ops.sw_transplant.toeplitz_weight_grad(x, grad, ctx.sizes, ctx.origins)
+    if ctx.has_bias and needs_bias:
+        grad_bias = grad.sum((0, 2, 3))
+    return grad_x, grad_weights, None, grad_bias, None
+
+
+def save_weight_grad(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, grad, sizes, origins = inputs
+    ctx.save_for_backward(x, grad)
+    ctx.sizes, ctx.origins = list(sizes), list(origins)
+
+
+def grad_of_weight_grad(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor, None, None]:
+    """The gradients of the kernels are bilinear in x and grad; their gradients stand in for kernels here."""
+    x, grad = ctx.saved_tensors
+    origins = _flipped_origins(ctx.sizes, ctx.origins)
+    grad_x = torch.ops.sw_transplant.toeplitz_conv(grad, _flipped(grads), origins, None, False)
+    return grad_x, torch.ops.sw_transplant.toeplitz_conv(x, list(grads), ctx.origins, None, False), None, None
