@@ -16,6 +16,7 @@ from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.convert import convert
 from sw_transplant.surgery.io import load, save
 from sw_transplant.surgery.merge import merge
+from sw_transplant.surgery.restore import restore
 from sw_transplant.surgery.tuning import set_form, tune
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "inspect_model",
     "load",
     "merge",
+    "restore",
     "save",
     "set_form",
     "summary",

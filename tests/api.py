@@ -25,6 +25,7 @@ LOCK = Path(__file__).with_name("api.json")
 COMMAND = "python -m tests.api --write"
 ROOMS = [
     "sw_transplant",
+    "sw_transplant.hf",
     "sw_transplant.layers",
     "sw_transplant.models",
     "sw_transplant.science",

@@ -1,4 +1,4 @@
-"""That a model is as it was: what may not change when it is only read, or when a conversion fails."""
+"""That a model is as it was, or equals another: when it is only read, fails to be converted, or comes back."""
 
 import torch
 
@@ -27,3 +27,23 @@ def assert_unchanged(model, before):
         *facts_before, tensor_before = before["state"][name]
         assert facts == facts_before, name
         assert torch.equal(tensor, tensor_before), name
+
+
+def assert_same_model(model, expected):
+    """Classes, names, their order, modes, what is trained, and every tensor: bits, dtype, strides."""
+    assert repr(model) == repr(expected)
+    trees = ([(p, type(m), m.training) for p, m in x.named_modules(remove_duplicate=False)] for x in (model, expected))
+    assert next(trees) == next(trees)
+    assert [(n, p.requires_grad) for n, p in model.named_parameters()] == [
+        (n, p.requires_grad) for n, p in expected.named_parameters()
+    ]
+    state, wanted = model.state_dict(), expected.state_dict()
+    assert list(state) == list(wanted)
+    for name, tensor in wanted.items():
+        assert_same_tensor(state[name], tensor, name)
+
+
+def assert_same_tensor(got, expected, name=""):
+    facts = [(x.dtype, x.device, x.shape, x.stride()) for x in (got, expected)]
+    assert facts[0] == facts[1], name
+    assert torch.equal(got, expected), name

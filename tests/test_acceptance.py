@@ -12,9 +12,20 @@ import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from sw_transplant import NoLargeKernelError, ShiftwiseConv2d, SWConfig, convert, inspect_model, load, merge, save
+from sw_transplant import (
+    NoLargeKernelError,
+    ShiftwiseConv2d,
+    SWConfig,
+    convert,
+    inspect_model,
+    load,
+    merge,
+    restore,
+    save,
+)
 from sw_transplant.check.verify import bound_for
 from sw_transplant.equivalence import lay_out
+from sw_transplant.surgery.restore import dense_state_dict
 from tests.acceptance import (
     CASES,
     Case,
@@ -27,7 +38,7 @@ from tests.acceptance import (
     with_form,
 )
 from tests.sampling import sample
-from tests.snapshots import assert_unchanged, snapshot
+from tests.snapshots import assert_same_model, assert_unchanged, snapshot
 
 GRADIENT_FACTOR = 10  # gradients hold to ten times the bound of the outputs
 
@@ -109,6 +120,15 @@ def test_the_layers_are_converted_and_nothing_else_changes(pair: Pair) -> None:
     assert list(converted) == list(original)
     for name, tensor in original.items():
         assert torch.equal(converted[name], tensor), name
+
+
+def test_restored_it_is_the_original_again(pair: Pair) -> None:
+    restored = restore(pair.converted)
+    assert_same_model(restored, pair.original)
+    dense = dense_state_dict(pair.converted)
+    assert list(dense) == list(restored.state_dict())
+    for name, tensor in pair.original.state_dict().items():
+        assert torch.equal(dense[name], tensor), name
 
 
 def test_converting_again_changes_nothing(pair: Pair) -> None:
@@ -357,11 +377,14 @@ def test_hidden_states(name: str) -> None:
 def test_save_pretrained(tmp_path) -> None:
     from safetensors.torch import load_file
 
-    converted = make_pair(case(HF_CONVNEXT), 7).converted
-    converted.save_pretrained(tmp_path)
-    written, state = load_file(tmp_path / "model.safetensors"), converted.state_dict()
+    pair = make_pair(case(HF_CONVNEXT), 7)
+    pair.converted.save_pretrained(tmp_path)
+    written, state = load_file(tmp_path / "model.safetensors"), pair.original.state_dict()
     assert written.keys() == state.keys()
     assert all(torch.equal(written[name], state[name]) for name in state)
+    loaded = type(pair.converted).from_pretrained(tmp_path)
+    assert shiftwise_layers(loaded).keys() == shiftwise_layers(pair.converted).keys()
+    assert_equal_outputs(outputs(pair.case, loaded), outputs(pair.case, pair.converted))
 
 
 def test_initialisers_of_the_model_leave_the_tiles_alone() -> None:

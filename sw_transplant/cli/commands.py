@@ -23,6 +23,7 @@ from sw_transplant.find.search import inspect_model
 from sw_transplant.find.summary import summary
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.convert import convert
+from sw_transplant.surgery.hosts import is_host_folder
 from sw_transplant.surgery.io import CONFIG_NAME, WEIGHTS_NAME, load, save
 
 EXTRAS = {"PIL": "hf", "timm": "timm", "torchvision": "timm", "transformers": "hf"}
@@ -62,7 +63,8 @@ def run_convert(arguments: argparse.Namespace) -> Result:
     config, nothing = _config(arguments), lambda path, module: False
     text = summary(converted, config, select=nothing)
     if arguments.output is not None:
-        text += f"\nSaved in {arguments.output}: {WEIGHTS_NAME} and {CONFIG_NAME}."
+        description = CONFIG_NAME if (arguments.output / CONFIG_NAME).is_file() else "config.json"
+        text += f"\nSaved in {arguments.output}: {WEIGHTS_NAME} and {description}."
     left = inspect_model(converted, config, select=nothing)
     values = {
         "model": arguments.model,
@@ -163,7 +165,7 @@ def _note(text: str) -> None:
 def _check_output(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: it is a file, expected a folder")
-    if (folder / WEIGHTS_NAME).exists() and not (folder / CONFIG_NAME).exists():
+    if (folder / WEIGHTS_NAME).exists() and not (folder / CONFIG_NAME).exists() and not is_host_folder(folder):
         raise InputError(
             f"--output {folder}: its {WEIGHTS_NAME} is not a converted model's and would be lost; name another folder"
         )

@@ -3,6 +3,7 @@
 Read in this order:
 
     branch              one bank of tiles, its placements, and what follows the shift
+    tables              the integers that say where tiles go
     masks               which tiles of a bank are in use
     watch               whether a layer is still what it was
     recompute           less memory in training

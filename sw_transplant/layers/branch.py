@@ -15,6 +15,7 @@ from sw_transplant.equivalence import assembly_index, grid_placements, lay_out, 
 from sw_transplant.forms import LiveTiles, Placed
 from sw_transplant.geometry import BranchGeometry, Extent, Size
 from sw_transplant.layers.masks import MaskedTiles
+from sw_transplant.layers.tables import Tables
 
 
 class PlacedTiles:
@@ -33,10 +34,19 @@ class PlacedTiles:
     geometry: BranchGeometry
     bank: Tensor
     placements: Tensor
-    index: Tensor
     bias: Tensor | None
     bn: nn.Module | None
     gain: Tensor | None
+
+    @property
+    def rows(self) -> Tensor:
+        """The placements, on the device of the bank."""
+        return self.placements
+
+    @property
+    def index(self) -> Tensor:
+        """The assembly index, on the device of the bank."""
+        raise NotImplementedError
 
     @property
     def is_identity(self) -> bool:
@@ -58,7 +68,7 @@ class PlacedTiles:
         """One entry, or with a gain one for each edge; all hold the same bank. ``scaled``: a BatchNorm is folded in."""
         extent = Extent(self.geometry.kernel_size, origin, self.geometry.dilation)
         gains = [None] if self.gain is None else [gain.reshape(-1) for gain in self.gain]
-        rows = self.placements.chunk(len(gains), dim=1)
+        rows = self.rows.chunk(len(gains), dim=1)
         return [
             Placed(bank, table, index, extent, _product(scale, gain), live, self.is_identity and not scaled)
             for table, index, gain in zip(rows, self.index, gains, strict=True)
@@ -90,8 +100,6 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
 
     bank: Tensor
     placements: Tensor
-    index: Tensor
-    support: Tensor | None
     bias: nn.Parameter | None
     bn: nn.Module | None
     gain: nn.Parameter | None
@@ -126,16 +134,48 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         """Derives from the placements which taps add up where, and which lie inside the kernel."""
         _, tiles, tile, _ = self.bank.shape
         edges = 1 if self.gain is None else len(self.gain)
-        index = edge_indices(placements, edges, tiles, tile, self.geometry.kernel_size)
-        inside = support(placements, tiles, tile, self.geometry.kernel_size)
-        self.register_buffer("index", index.to(self.bank.device), persistent=False)
-        # Tiles that reach beyond the kernel are filled with zeros, and stay zero whatever an optimizer does.
-        self.register_buffer("support", None if bool(inside.all()) else inside.to(self.bank.device), persistent=False)
+        rows = placements.detach().to("cpu", copy=True)  # of its own: the buffer may be written to
+        index = edge_indices(rows, edges, tiles, tile, self.geometry.kernel_size)
+        inside = support(rows, tiles, tile, self.geometry.kernel_size)
+        filled = None if bool(inside.all()) else inside
+        self._tables = Tables({"placements": rows, "index": index, "support": filled}).only_on(self.bank.device)
+
+    def _table(self, name: str) -> Tensor | None:
+        return self._tables.on(self.bank.device)[name]
+
+    @property
+    def rows(self) -> Tensor:
+        return self._table("placements")  # type: ignore[return-value]
+
+    @property
+    def index(self) -> Tensor:
+        return self._table("index")  # type: ignore[return-value]
+
+    @property
+    def support(self) -> Tensor | None:
+        """Where tiles lie inside the kernel, ``(G, T, n, n)`` bool; None for everywhere.
+
+        Tiles that reach beyond the kernel are filled with zeros, and stay zero whatever an optimizer does.
+        """
+        return self._table("support")
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Branch:
+        super()._apply(*args, **kwargs)
+        self._tables = self._tables.only_on(self.bank.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}placements"] = self.rows.clone()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.placements.is_meta:
-            self._follow(self.placements)
+            self.rederive()
+
+    def rederive(self) -> None:
+        """Makes again what follows from the placements."""
+        self._follow(self.placements)
 
     @classmethod
     def from_kernel(
@@ -190,7 +230,8 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         grid = grid_placements(self.geometry.kernel_size, n)  # (T, 3)
         if edges < 1:
             raise ValueError(f"Branch.with_edges: edges {edges}, expected at least 1")
-        if self.is_identity or self.gain is not None or not torch.equal(self.placements.cpu(), grid[None]):
+        moved = not self.placements.is_meta and not torch.equal(self.placements.cpu(), grid[None])
+        if self.is_identity or self.gain is not None or moved:
             raise ValueError("Branch.with_edges: the branch is not laid out; expected one of Branch.from_kernel(...)")
         generator = torch.Generator().manual_seed(seed)
         shuffled = torch.rand(edges - 1, channels, tiles, generator=generator, device="cpu").argsort(-1)
@@ -203,7 +244,7 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         return Branch(
             self.geometry.filled(n),
             nn.Parameter(bank.clone(), requires_grad=self.bank.requires_grad),
-            rows.transpose(0, 1).flatten(1, 2).to(self.placements),
+            rows.transpose(0, 1).flatten(1, 2),
             self.bias,
             self.bn,
             nn.Parameter(gain, requires_grad=self.bank.requires_grad),

@@ -11,6 +11,7 @@ from torch import Tensor
 from sw_transplant.layers.branch import edge_indices
 from sw_transplant.layers.orders import BRANCHES, active_channels, branch_tables, check_order, draw_orders
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.layers.tables import Tables
 
 
 class OrderBuffers(ShiftwiseConv2d):
@@ -20,7 +21,8 @@ class OrderBuffers(ShiftwiseConv2d):
         horizontal, vertical: int32 ``(E, active, T)``, the place of each tile.
         identity: int32 ``(E, active)``, the tile taken.
         active: int64 ``(active,)``, the channels that do not bypass the module, in ascending order.
-        ghosts: int64, those that do. What follows from the four above is derived, and not part of the state_dict.
+
+    These four are for the state_dict. What runs are tables made of them, which nobody writes to.
     """
 
     STORES_ORDERS: ClassVar[bool] = True
@@ -36,10 +38,8 @@ class OrderBuffers(ShiftwiseConv2d):
     vertical: Tensor
     identity: Tensor
     active: Tensor
-    ghosts: Tensor
     one_bank: Tensor
-    one_placements: Tensor
-    one_index: Tensor
+    _tables: Tables
 
     @property
     def tiles(self) -> int:
@@ -79,21 +79,48 @@ class OrderBuffers(ShiftwiseConv2d):
     def _follow(self, drawn: dict[str, Tensor]) -> None:
         """Derives from orders and active channels what the forms read."""
         sets = 1 if self.gain is None else self.edges
+        tables = {name: drawn[name].detach().to("cpu", copy=True) for name in BRANCHES}
         for name in BRANCHES:
-            placements, index = branch_tables(name, drawn[name], self.tiles, self.tile, sets)
-            self._derive(f"{name}_placements", placements)
-            self._derive(f"{name}_index", index)
+            placements, index = branch_tables(name, tables[name], self.tiles, self.tile, sets)
+            tables |= {f"{name}_placements": placements, f"{name}_index": index}
         with torch.device("cpu"):
-            bypass = torch.ones(self.in_channels, dtype=torch.bool)
-            bypass[drawn["active"].cpu()] = False
-            self._derive("ghosts", bypass.nonzero().flatten())
+            row = torch.zeros(1, 1, 3, dtype=torch.int32)
+            tables |= {"one_placements": row, "one_index": edge_indices(row, 1, 1, self.tile, (1, 1))}
             one = torch.zeros(len(drawn["active"]), 1, self.tile, self.tile, dtype=self._like.dtype)
             one[:, :, 0, 0] = 1
-            row = torch.zeros(1, 1, 3, dtype=torch.int32)
-            self._derive("one_bank", one)
-            self._derive("one_placements", row)
-            self._derive("one_index", edge_indices(row, 1, 1, self.tile, (1, 1)))
+        self._derive("one_bank", one)
+        self._hold({**tables, **self._channels(drawn["active"])})
+
+    def _hold(self, tables: dict[str, Tensor]) -> None:
+        self._tables = Tables(tables).only_on(self._like.device)
         self.clear_cache()
+
+    def _channels(self, active: Tensor) -> dict[str, Tensor]:
+        """The active channels and the others, on the CPU."""
+        active = active.detach().to("cpu", copy=True)
+        bypass = torch.ones(self.in_channels, dtype=torch.bool, device="cpu")
+        bypass[active] = False
+        return {"active": active, "ghosts": bypass.nonzero().flatten()}
+
+    def _table(self, name: str) -> Tensor:
+        """An order as it was drawn or loaded, or what follows from the orders, on the device of the filters."""
+        return self._tables.on(self._like.device)[name]  # type: ignore[return-value]
+
+    @property
+    def ghosts(self) -> Tensor:
+        """The channels that bypass the module, int64, ascending."""
+        return self._table("ghosts")
+
+    def _apply(self, *args: Any, **kwargs: Any) -> OrderBuffers:
+        super()._apply(*args, **kwargs)
+        self._tables = self._tables.only_on(self._like.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in (*BRANCHES, "active"):
+            if f"{prefix}{name}" in destination:
+                destination[f"{prefix}{name}"] = self._table(name).clone()
 
     def _derive(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor.to(self._like.device), persistent=False)
@@ -108,6 +135,8 @@ class OrderBuffers(ShiftwiseConv2d):
     def follow_orders(self) -> None:
         """Derives what follows from the orders, after something else than ``load_state_dict`` filled the buffers."""
         if self.merged:
+            if not self.active.is_meta:
+                self._hold(self._channels(self.active))
             return
         if self.STORES_ORDERS:
             drawn = {name: getattr(self, name) for name in (*BRANCHES, "active")}
@@ -117,6 +146,10 @@ class OrderBuffers(ShiftwiseConv2d):
                 self._derive(name, values)
         if not any(values.is_meta for values in drawn.values()):
             self._follow(drawn)
+
+    def rederive(self) -> None:
+        super().rederive()
+        self.follow_orders()
 
 
 def _follow_what_was_loaded(module: OrderBuffers, _: Any) -> None:

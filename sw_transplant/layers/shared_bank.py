@@ -75,11 +75,16 @@ class BranchView(PlacedTiles):
         is_identity: bool = False,
         live: LiveTiles | None = None,
     ) -> None:
-        self.geometry, self.placements, self.index, self.bn, self.gain = geometry, placements, index, bn, gain
+        self.geometry, self.placements, self.bn, self.gain = geometry, placements, bn, gain
+        self._index = index
         self.bias = None
         self.bank = bank
         self._is_identity = is_identity
         self._live = live
+
+    @property
+    def index(self) -> Tensor:
+        return self._index
 
     @property
     def is_identity(self) -> bool:

@@ -45,6 +45,8 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
 
     spec: Any = None
     """How the paper's module was made (:class:`approximate.SharedSpec`), where this is one that ``convert`` put in."""
+    origin: Any = None
+    """What the module replaced, without its weights (:class:`origin.Origin`), where that can be made again."""
     recompute: Recompute = "none"
     """Which branches' responses are computed again in the backward pass instead of being kept for their BatchNorm:
     ``"none"``, ``"small"`` (those with at most a quarter of the largest one's taps) or ``"all"``. Assignable. The
@@ -135,6 +137,16 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
         """Forgets the cached plan. Needed only after a write that PyTorch does not count (through ``tensor.data``)."""
         self._planner.forget()
 
+    def rederive(self) -> None:
+        """Makes again whatever follows from the placements: for who sets tensors without ``load_state_dict``.
+
+        A loader that fills a module from the meta device leaves what is not in its files undefined.
+        """
+        for branch in self.parts():
+            if isinstance(branch, Branch):
+                branch.rederive()
+        self.clear_cache()
+
     def train(self, mode: bool = True) -> ShiftwiseConv2d:
         self.clear_cache()
         return super().train(mode)
@@ -163,7 +175,7 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
             grads = (grad, grad)
             branches.append(Branch.from_kernel(geometry, kernel.weight, tile, bias=branch_bias, requires_grad=grads))
         self.branches = nn.ModuleList(branches).train(self.training)
-        self.match = None  # what it replaced can no longer be rebuilt from it
+        self.match = self.origin = None  # what it replaced can no longer be rebuilt from it
         self.clear_cache()
 
     def __prepare_scriptable__(self) -> None:

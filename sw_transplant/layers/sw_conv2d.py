@@ -184,8 +184,8 @@ class SWConv2d(OrderBuffers):
             BranchView(
                 geometry,
                 bank,
-                getattr(self, f"{name}_placements"),
-                getattr(self, f"{name}_index"),
+                self._table(f"{name}_placements"),
+                self._table(f"{name}_index"),
                 self.norm(name),
                 None if self.gain is None else self.gain[i],
                 live=live,
@@ -194,7 +194,8 @@ class SWConv2d(OrderBuffers):
         ]
         if self.residual:
             one = BranchGeometry((1, 1), (0, 0, 0, 0))
-            views.append(BranchView(one, self.one_bank, self.one_placements, self.one_index, None, None, True))
+            places = self._table("one_placements"), self._table("one_index")
+            views.append(BranchView(one, self.one_bank, *places, None, None, True))
         return views
 
     @property
@@ -226,18 +227,19 @@ class SWConv2d(OrderBuffers):
     def _run_among_ghosts(self, x: Tensor) -> Tensor:
         if self.merged:  # the ghosts are kernels with a single tap
             return super()._run(x.index_select(1, self.channel_order) if self.ghosts_last else x)  # type: ignore[arg-type]
-        y = super()._run(x.index_select(1, self.active))
+        active = self._table("active")
+        y = super()._run(x.index_select(1, active))
         passed = x[:, :, :: self.stride[0], :: self.stride[1]].to(y.dtype)
         if self.ghosts_last:
             return torch.cat([y, passed.index_select(1, self.ghosts)], dim=1)
-        return place_channels(passed, self.active, y)
+        return place_channels(passed, active, y)
 
     # ---- back to plain convolutions ----
 
     @property
     def channel_order(self) -> Tensor | None:
         """Which input channel the k-th channel of :meth:`kernels` reads, ``(C,)``; None for the k-th itself."""
-        return torch.cat([self.active, self.ghosts]) if self.ghosts_last and len(self.ghosts) else None
+        return torch.cat([self._table("active"), self.ghosts]) if self.ghosts_last and len(self.ghosts) else None
 
     @property
     def bias(self) -> Tensor | None:
@@ -254,7 +256,8 @@ class SWConv2d(OrderBuffers):
 
     def _among_ghosts(self, values: Tensor, fill: float = 0) -> Tensor:
         """Values of the active channels, ``(active, ...)`` -> ``(C, ...)``, the ghosts filled."""
-        places = torch.arange(len(self.active), device=values.device) if self.ghosts_last else self.active
+        active = self._table("active")
+        places = torch.arange(len(active), device=values.device) if self.ghosts_last else active
         return values.new_full((self.in_channels, *values.shape[1:]), fill).index_copy(0, places, values)
 
     @torch.no_grad()
@@ -266,9 +269,9 @@ class SWConv2d(OrderBuffers):
         for name in self.NAMES.values():
             del self._modules[name]
         self.gain = None
-        kept = ("active", "ghosts")
-        for name in [name for name, _ in self.named_buffers(recurse=False) if name not in kept]:
+        for name in [name for name, _ in self.named_buffers(recurse=False) if name != "active"]:
             delattr(self, name)
+        self.follow_orders()
 
     def extra_repr(self) -> str:
         if self.merged:

@@ -1,11 +1,16 @@
-"""What is done to models: convert, choose forms, merge back, save and load.
+"""What is done to models: convert, choose forms, merge or restore, save and load.
 
 Read in this order:
 
     convert       from matches to modules in the original tree: everything, or nothing
     sharing       the bank whose placements come closest to given kernels
+    origin        what a layer took the place of, and weights that have its names
     approximate   mode "shiftwise": the paper's module, as close to a layer as its bank allows
     tuning        the form of every layer, by hand or by measuring
-    merge         back to plain convolutions
+    merge         back to plain convolutions, as few as do
+    restore       back to the original modules
+    description   what a converted model is made of, as JSON
     io            save and load
+    hosts         libraries that write folders of their own
+    names         how parameters are called in the original, and which are not to be decayed
 """

@@ -15,6 +15,8 @@ from sw_transplant.find.search import inspect_model
 from sw_transplant.find.select import Select
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.approximate import build_shared
+from sw_transplant.surgery.hosts import hosts_of
+from sw_transplant.surgery.origin import remember
 
 
 def convert(
@@ -61,9 +63,15 @@ def convert(
         raise ValueError(reason)
     if not inspection.matches and not inspection.converted:
         raise NoLargeKernelError(_nothing_found(inspection, config))
+    hosts = hosts_of(model)
+    for host in hosts:
+        host.check(model)
     target = model if inplace else _copy(model)
     built = [(match, _build_for(find_site(target, match.path), match, config)) for match in inspection.matches]
-    return put(target, built)
+    converted = put(target, built)
+    for host in hosts:
+        host.follow(converted)
+    return converted
 
 
 def put(model: nn.Module, built: Sequence[tuple[Match, ShiftwiseConv2d]]) -> nn.Module:
@@ -98,8 +106,11 @@ def put(model: nn.Module, built: Sequence[tuple[Match, ShiftwiseConv2d]]) -> nn.
 
 
 def _build_for(site: nn.Module, match: Match, config: SWConfig) -> ShiftwiseConv2d:
-    laid_out = build(site, match, form=config.form)
-    return build_shared(laid_out, match, config) if config.mode == "shiftwise" else laid_out
+    layer = build(site, match, form=config.form)
+    if config.mode == "shiftwise":
+        layer = build_shared(layer, match, config)
+    remember(layer, site, match)
+    return layer
 
 
 _WRAPPERS = {

@@ -5,20 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sw_transplant.config import CONFIG_VERSION
-from sw_transplant.find.candidate import build, find_site
-from sw_transplant.find.match import Match, join_path
-from sw_transplant.layers.masks import MaskedTiles
+from sw_transplant.find.candidate import find_site
+from sw_transplant.find.match import Match
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
-from sw_transplant.surgery.approximate import SharedSpec
 from sw_transplant.surgery.convert import put
+from sw_transplant.surgery.description import LayerDescription, describe, read_descriptions, rebuild
+from sw_transplant.surgery.hosts import hosts_of
 
 CONFIG_NAME = "sw_config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -26,6 +24,9 @@ WEIGHTS_NAME = "model.safetensors"
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Writes ``model.safetensors`` (the whole state_dict) and ``sw_config.json`` (path and geometry of each layer).
+
+    A model of transformers is written by its own ``save_pretrained`` (:mod:`sw_transplant.hf`), and so that
+    ``from_pretrained`` reads it.
 
     Args:
         model: a converted model.
@@ -37,13 +38,16 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save_file
 
-    layers = [
-        _layer(path, module, model) for path, module in model.named_modules() if isinstance(module, ShiftwiseConv2d)
-    ]
+    layers = [layer.to_dict() for layer in describe(model)]
     if not layers:
         raise ValueError(f"save: {type(model).__name__} has no Shiftwise layer, expected a model from convert(model)")
-    tensors, shared = _distinct(model)
     target = Path(folder)
+    for host in hosts_of(model):
+        if host.saves(model):
+            host.save(model, target)
+            (target / CONFIG_NAME).unlink(missing_ok=True)  # of an earlier model in this folder
+            return
+    tensors, shared = _distinct(model)
     target.mkdir(parents=True, exist_ok=True)
     description = {"version": CONFIG_VERSION, "layers": layers, "shared": shared}
     _write(target / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -57,7 +61,7 @@ def load(base_model: nn.Module, folder: str | os.PathLike[str], *, inplace: bool
 
     Args:
         base_model: a model of the original architecture, not converted; its weights do not matter.
-        folder: what :func:`save` wrote.
+        folder: what :func:`save` wrote; for a model of transformers also what ``save_pretrained`` wrote.
         inplace: change ``base_model`` itself instead of a deep copy.
 
     Returns:
@@ -67,52 +71,28 @@ def load(base_model: nn.Module, folder: str | os.PathLike[str], *, inplace: bool
         ValueError: files that are absent, truncated or written by a newer version; a layer that ``base_model`` does not
             have; missing or unexpected weights, another shape or dtype. ``base_model`` is then left as it was.
     """
-    source = Path(folder)
-    layers, shared = _read_description(source / CONFIG_NAME)
-    weights = _read_weights(source / WEIGHTS_NAME)
-    for alias, name in shared.items():
-        if name in weights:
-            weights[alias] = weights[name]
+    layers, weights = _read(base_model, Path(folder))
     target = base_model if inplace else copy.deepcopy(base_model)
-    built = [(layer.match, _rebuild(find_site(target, layer.match.path), layer, weights)) for layer in layers]
-    _check(_state_after(target, built), weights, source / WEIGHTS_NAME)
+    built = [(layer.match, rebuild(find_site(target, layer.match.path), layer, weights)) for layer in layers]
+    _check(_state_after(target, built), weights, Path(folder))
     model = put(target, built)
     model.load_state_dict(weights, strict=True, assign=any(tensor.is_meta for tensor in model.state_dict().values()))
+    for host in hosts_of(model):
+        host.follow(model)
     return model
 
 
-class _Layer(NamedTuple):
-    """One entry of ``sw_config.json``: what was replaced, by which execution form, and in mode shiftwise by what."""
-
-    match: Match
-    form: str
-    shared: SharedSpec | None
-
-
-def _rebuild(site: nn.Module, layer: _Layer, weights: dict[str, Tensor]) -> ShiftwiseConv2d:
-    """The module of a layer, its weights still those of the site, or random."""
-    module = build(site, layer.match, form=layer.form)  # in either mode: it checks that the site is what was replaced
-    if layer.shared is not None:
-        like = next(site.parameters())
-        module = layer.shared.build(layer.match, form=layer.form, device=like.device, dtype=like.dtype).train(
-            site.training
-        )
-    for name, part in module.named_modules():
-        if isinstance(part, MaskedTiles) and f"{join_path(layer.match.path, name)}.mask" in weights:
-            part.set_mask(torch.ones(part.tile_count, dtype=torch.bool))
-    return module
-
-
-def _layer(path: str, module: ShiftwiseConv2d, model: nn.Module) -> dict[str, Any]:
-    if not isinstance(module.match, Match):
-        raise ValueError(
-            f"{path}: this Shiftwise layer cannot be rebuilt from the original architecture (it was reparameterized or "
-            "built by hand); save a merged model's state_dict instead, see merge(model)"
-        )
-    places = tuple(place for place, other in model.named_modules(remove_duplicate=False) if other is module)
-    match = replace(module.match, path=path, aliases=tuple(place for place in places if place != path))
-    shared = None if module.spec is None else module.spec.to_dict()
-    return {"form": module.form, "shared": shared, **match.to_dict()}
+def _read(base_model: nn.Module, folder: Path) -> tuple[list[LayerDescription], dict[str, Tensor]]:
+    """The layers and the weights in a folder, by the library that the model comes from or by ``sw_config.json``."""
+    for host in hosts_of(base_model):
+        if host.saves(base_model) and (found := host.read(base_model, folder)) is not None:
+            return read_descriptions(found[0]), found[1]
+    layers, shared = _read_description(folder / CONFIG_NAME)
+    weights = _read_weights(folder / WEIGHTS_NAME)
+    for alias, name in shared.items():
+        if name in weights:
+            weights[alias] = weights[name]
+    return layers, weights
 
 
 def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -143,7 +123,7 @@ def _write(path: Path, write: Any) -> None:
     temporary.replace(path)
 
 
-def _read_description(path: Path) -> tuple[list[_Layer], dict[str, str]]:
+def _read_description(path: Path) -> tuple[list[LayerDescription], dict[str, str]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file, expected the folder that save(model, folder) wrote")
     try:
@@ -156,14 +136,10 @@ def _read_description(path: Path) -> tuple[list[_Layer], dict[str, str]]:
             f"{path}: version {version!r}, this sw_transplant reads up to {CONFIG_VERSION}; upgrade it to load this"
         )
     try:
-        layers = [dict(layer) for layer in description["layers"]]
-        forms = [layer.pop("form") for layer in layers]
-        specs = [layer.pop("shared") for layer in layers]
-        shared = dict(description["shared"])
+        layers, shared = list(description["layers"]), dict(description["shared"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged, or not written by save(model, folder) ({error!r})") from error
-    built_of = [None if spec is None else SharedSpec.from_dict(spec) for spec in specs]
-    return [_Layer(Match.from_dict(layer), *rest) for layer, *rest in zip(layers, forms, built_of, strict=True)], shared
+    return read_descriptions(layers), shared
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

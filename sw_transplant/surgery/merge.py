@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sw_transplant.forms import DenseKernel
 from sw_transplant.geometry import BranchGeometry
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.surgery.hosts import hosts_of
 
 
 def merge(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -38,10 +39,14 @@ def merge(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise ValueError(f"merge: {type(model).__name__} has no Shiftwise module, expected a model from convert(model)")
     if isinstance(target, ShiftwiseConv2d):
         return merged[target]
+    paths = {module: path for path, module in target.named_modules()}
+    strange = [paths[module] for module, plain in merged.items() if not _is_what_it_replaced(module, plain)]
     for parent in list(target.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, ShiftwiseConv2d):
                 parent._modules[name] = merged[child]
+    for host in hosts_of(target):
+        host.follow(target, strange)
     return target
 
 
@@ -88,6 +93,19 @@ def _plain(module: ShiftwiseConv2d) -> nn.Module:
         plain = nn.Sequential(ChannelOrder(module.channel_order), plain)
     plain.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
     return plain.train(module.training)
+
+
+def _is_what_it_replaced(module: ShiftwiseConv2d, plain: nn.Module) -> bool:
+    """Whether the weights of the merged layer have the names and shapes of those that the layer took the place of."""
+    if module.match is None or any(source.bn is not None for source in module.match.branches):
+        return False
+    expected: dict[str, tuple[int, ...]] = {}
+    for source in module.match.branches:
+        if source.weight is not None:
+            expected[source.weight] = (module.out_channels, 1, *source.geometry.kernel_size)
+        if source.bias is not None:
+            expected[source.bias] = (module.out_channels,)
+    return {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()} == expected
 
 
 def _convolution(module: ShiftwiseConv2d, kernel: DenseKernel, bias: Tensor | None) -> nn.Module:

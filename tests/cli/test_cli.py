@@ -291,6 +291,21 @@ def test_convert_may_repeat_but_not_destroy_weights(run, folder: Path) -> None:
     assert (folder / "hf" / "model.safetensors").read_bytes() == weights
 
 
+def test_a_hugging_face_model_is_saved_as_such(run, folder: Path) -> None:
+    save_hugging_face(folder / "hf")
+    for _ in range(2):
+        code, out, _ = run("convert", "./hf", "-o", "converted")
+        assert code == 0
+        assert "Saved in converted: model.safetensors and config.json." in out
+    assert not (folder / "converted" / "sw_config.json").exists()
+    plain, written = (load_file(folder / name / "model.safetensors") for name in ("hf", "converted"))
+    assert plain.keys() == written.keys()
+    assert all(torch.equal(plain[name], written[name]) for name in plain)
+    code, out, _ = run("verify", "./hf", "--converted", "converted")
+    assert code == 0
+    assert out.startswith("OK")
+
+
 @pytest.mark.parametrize("words", [(), ("--json",)])
 def test_perturbed_weights_are_beyond_the_bound(run, folder: Path, words: tuple[str, ...]) -> None:
     run("convert", "tiny_model:build", "-o", "converted")

@@ -195,12 +195,12 @@ def test_seeds_decide_and_nothing_else():
 
 def test_what_one_module_does_to_its_orders_stays_with_it():
     first, second = SWConv2d(8, 13), SWConv2d(8, 13)
-    kept = second.horizontal.clone(), second.horizontal_index.clone()
+    kept = second.horizontal.clone(), second._table("horizontal_index").clone()
     first.set_orders(*(torch.zeros_like(getattr(first, branch)) for branch in BRANCHES))
     third = SWConv2d(8, 13)
     for module in (second, third):
         assert torch.equal(module.horizontal, kept[0])
-        assert torch.equal(module.horizontal_index, kept[1])
+        assert torch.equal(module._table("horizontal_index"), kept[1])
 
 
 def test_ghost_fractions():
