@@ -59,6 +59,29 @@ def lay_out(kernel: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     return bank, grid_placements((kh, kw), tile).to(kernel.device)
 
 
+def undo_lay_out(bank: Tensor, kernel_size: tuple[int, int]) -> Tensor:
+    """The kernel that a bank of :func:`lay_out` was made of: tiles side by side, without what lies beyond the kernel.
+
+    What :func:`assemble` gives for the placements of :func:`grid_placements`; that one takes any placements.
+
+    Args:
+        bank: ``(C_out, T, n, n)``.
+        kernel_size: ``(kh, kw)``, of T = ceil(kh/n) * ceil(kw/n) tiles.
+
+    Returns:
+        ``(C_out, 1, kh, kw)``, contiguous. Differentiable.
+
+    Raises:
+        ValueError: another number of tiles.
+    """
+    channels, tiles, n, _ = bank.shape
+    (kh, kw), (down, across) = kernel_size, (-(-kernel_size[0] // n), -(-kernel_size[1] // n))
+    if tiles != down * across:
+        raise ValueError(f"undo_lay_out: {tiles} tiles of side {n}, expected {down * across} for a kernel {kh}x{kw}")
+    rows = bank.reshape(channels, down, across, n, n).transpose(2, 3)  # (C, down, n, across, n)
+    return rows.reshape(channels, 1, down * n, across * n)[:, :, :kh, :kw].contiguous()
+
+
 def grid_placements(kernel_size: tuple[int, int], tile: int) -> Tensor:
     """The placements that :func:`lay_out` uses: tiles side by side, row by row.
 

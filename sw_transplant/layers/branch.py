@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from sw_transplant.equivalence import assembly_index, grid_placements, lay_out, support
 from sw_transplant.forms import LiveTiles, Placed
 from sw_transplant.geometry import BranchGeometry, Extent, Size
+from sw_transplant.layers.layout import Layout
 from sw_transplant.layers.masks import MaskedTiles
+from sw_transplant.layers.parameters import take_attributes
 from sw_transplant.layers.tables import Tables
+from sw_transplant.ops.depthwise import is_channels_last
 
 
 class PlacedTiles:
@@ -73,6 +76,17 @@ class PlacedTiles:
             Placed(bank, table, index, extent, _product(scale, gain), live, self.is_identity and not scaled)
             for table, index, gain in zip(rows, self.index, gains, strict=True)
         ]
+
+    @property
+    def trained(self) -> tuple[bool, bool]:
+        """Whether anything that the kernel is made of, BatchNorm folded, requires gradients, and that of the bias."""
+        norm, offset = (False, False) if self.bn is None else map(_requires_grad, (self.bn.weight, self.bn.bias))
+        bank, gain, bias = map(_requires_grad, (self.bank, self.gain, self.bias))
+        return bank or gain or norm, bias or norm or offset
+
+    def reason_against_setting(self) -> str | None:
+        """Why the branch cannot be made any given kernel; None where it can."""
+        return "its tiles are shared, and placed by several edges"
 
     def folded_bias(self) -> Tensor | None:
         """What the branch adds to every position, ``(C_out,)``: its bias through its BatchNorm; None for nothing."""
@@ -189,9 +203,9 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         requires_grad: tuple[bool, bool] = (True, True),
     ) -> Branch:
         """Lays out a kernel ``(C_out, 1, kh, kw)``. ``requires_grad`` is that of the kernel and of the bias."""
-        bank, _ = lay_out(kernel.detach(), tile)
-        if kernel.stride(1) == 1 < kernel.stride(0):  # what channels_last makes of the one input channel
-            bank = bank.contiguous(memory_format=torch.channels_last)
+        # The strides are those that channels_last makes of the one input channel.
+        layout = Layout(geometry.kernel_size, tile, channels_last=kernel.stride(1) == 1 < kernel.stride(0))
+        bank = layout.to_bank(kernel.detach())
         return cls(
             geometry,
             nn.Parameter(bank, requires_grad=requires_grad[0]),
@@ -227,7 +241,7 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
             NotImplementedError: a kernel that would have to grow, with padding that depends on the map.
         """
         channels, tiles, n, _ = self.bank.shape
-        grid = grid_placements(self.geometry.kernel_size, n)  # (T, 3)
+        grid = self._grid  # (T, 3)
         if edges < 1:
             raise ValueError(f"Branch.with_edges: edges {edges}, expected at least 1")
         moved = not self.placements.is_meta and not torch.equal(self.placements.cpu(), grid[None])
@@ -241,14 +255,39 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         gain = torch.zeros(shape, dtype=self.bank.dtype, device=self.bank.device)
         gain[0] = 1
         bank = self.bank.detach() if self.support is None else torch.where(self.support, self.bank.detach(), 0)
+        bank = nn.Parameter(bank.clone(), requires_grad=self.bank.requires_grad)
+        take_attributes(bank, [self.bank])
         return Branch(
             self.geometry.filled(n),
-            nn.Parameter(bank.clone(), requires_grad=self.bank.requires_grad),
+            bank,
             rows.transpose(0, 1).flatten(1, 2),
             self.bias,
             self.bn,
             nn.Parameter(gain, requires_grad=self.bank.requires_grad),
         )
+
+    @property
+    def layout(self) -> Layout:
+        """How the kernel lies in the bank, where :meth:`reason_against_setting` has nothing to say."""
+        return Layout(self.geometry.kernel_size, self.bank.shape[2], is_channels_last(self.bank))
+
+    def reason_against_setting(self) -> str | None:
+        """Why no kernel can be laid out into the bank so that the branch is that kernel; None where one can."""
+        if self.is_identity:
+            return "it passes the map on as it is"
+        if self.bn is not None:
+            return "a BatchNorm follows the kernel, and is folded into the weight"
+        if self.gain is not None:
+            return "several edges place its tiles"
+        if self.mask is not None:
+            return "a mask leaves tiles out"
+        if not self.placements.is_meta and not torch.equal(self.placements.cpu(), self._grid[None]):
+            return "its tiles are not placed side by side"
+        return None
+
+    @property
+    def _grid(self) -> Tensor:
+        return grid_placements(self.geometry.kernel_size, self.bank.shape[2])
 
     @property
     def tile_count(self) -> tuple[int, int]:
@@ -290,6 +329,10 @@ def edge_indices(placements: Tensor, edges: int, tiles: int, tile: int, kernel_s
     depth = max(part.shape[1] for part in parts)
     none = tiles * tile * tile
     return torch.stack([F.pad(part, (0, 0, 0, depth - part.shape[1]), value=none) for part in parts])
+
+
+def _requires_grad(tensor: Any) -> bool:
+    return tensor is not None and tensor.requires_grad
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from sw_transplant.forms.dispatch import Decision, check_form
 from sw_transplant.geometry import BranchGeometry, Size
 from sw_transplant.layers.as_conv2d import AsConv2d
 from sw_transplant.layers.branch import Branch
+from sw_transplant.layers.parameters import take_attributes
 from sw_transplant.layers.plan import Planner
 from sw_transplant.layers.recompute import Recompute
 
@@ -161,19 +162,23 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
 
         In eval the function stays the same; trained further, the module is a plain large-kernel convolution.
         """
+        if self.reason_against_setting() is None:  # there is nothing to fold or to join
+            self.match = None
+            return
         kernels, bias = self.kernels()
-        grad = any(parameter.requires_grad for parameter in self.parameters())
+        trained, bias_trained = self.trained()
         grown = self.growth
-        dynamic = self.padding == "same"
+        banks = [branch.bank for branch in self.parts() if not branch.is_identity]
         branches = []
         for i, kernel in enumerate(kernels):
             (kh, kw), (top, left), (dh, dw) = kernel.extent.kernel_size, kernel.extent.origin, kernel.extent.dilation
             sides = (top, grown[0] + dh * (kh - 1) - top, left, grown[1] + dw * (kw - 1) - left)
-            geometry = BranchGeometry((kh, kw), "same" if dynamic else sides, (dh, dw))
+            geometry = BranchGeometry((kh, kw), "same" if self.pads_by_map else sides, (dh, dw))
             tile = max(b.bank.shape[2] for b in self.parts())
-            branch_bias = bias if i == 0 else None
-            grads = (grad, grad)
-            branches.append(Branch.from_kernel(geometry, kernel.weight, tile, bias=branch_bias, requires_grad=grads))
+            branch_bias, grads = bias if i == 0 else None, (trained[i], bias_trained)
+            branch = Branch.from_kernel(geometry, kernel.weight, tile, bias=branch_bias, requires_grad=grads)
+            take_attributes(branch.bank, banks)
+            branches.append(branch)
         self.branches = nn.ModuleList(branches).train(self.training)
         self.match = self.origin = None  # what it replaced can no longer be rebuilt from it
         self.clear_cache()

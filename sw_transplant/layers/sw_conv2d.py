@@ -241,10 +241,15 @@ class SWConv2d(OrderBuffers):
         """Which input channel the k-th channel of :meth:`kernels` reads, ``(C,)``; None for the k-th itself."""
         return torch.cat([self._table("active"), self.ghosts]) if self.ghosts_last and len(self.ghosts) else None
 
-    @property
-    def bias(self) -> Tensor | None:
-        bias = super().bias
+    def _whole_bias(self) -> Tensor | None:
+        bias = super()._whole_bias()
         return bias if bias is None or self.merged or not len(self.ghosts) else self._among_ghosts(bias)
+
+    def trained(self) -> tuple[list[bool], bool]:
+        if self.merged:
+            return super().trained()
+        any_of_it = any(parameter.requires_grad for parameter in self.parameters())
+        return [any_of_it] * len(self.kernels()[0]), any_of_it
 
     def _dense(self) -> list[DenseKernel]:
         kernels = super()._dense()

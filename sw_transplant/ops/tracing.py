@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import torch.fx
 from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -16,6 +17,17 @@ def constant_when_traced(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def is_observed() -> bool:
+    """Whether somebody records or reinterprets operations: a compiler, a tracer, torch.func, a mode of dispatch."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or is_transformed()
+    )
 
 
 def is_transformed() -> bool:
