@@ -6,6 +6,8 @@ Reading proposes, a proof disposes. Read in this order:
     rules        whether one layer can be replaced, as far as it can be told from the layer alone
     linear       reads a module's forward: is it a sum of depthwise convolutions of one input?
     match        the results as data: matches, skipped layers and their table
+    parameters   what a layer's parameters are asked before others take their place
+    keep         what a layer keeps of the module whose place it takes
     candidate    the module that may take the place of a site
     traces       what a run leaves behind: random numbers drawn, attributes and tensors written to
     trial        one call of a module, and everything that comes of it

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from sw_transplant.find.keep import keep_attributes
 from sw_transplant.find.match import Match, SourceBranch
+from sw_transplant.find.parameters import reason_against_parameters
 from sw_transplant.layers.branch import Branch
+from sw_transplant.layers.parameters import take_over
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 
 
@@ -19,7 +22,9 @@ def build(site: nn.Module, match: Match, *, form: str) -> ShiftwiseConv2d:
 
     Raises:
         ValueError: the site is not made as the match says.
+        NotImplementedError: a parameter has hooks that nothing else can have.
     """
+    check_parameters(site, match)
     parameters = dict(site.named_parameters(remove_duplicate=False))
     weights = [_take(parameters, b.weight, _weight_shape(match, b), match) for b in match.branches if b.weight]
     branches = [_branch(site, match, source, parameters, like=weights[0]) for source in match.branches]
@@ -29,7 +34,20 @@ def build(site: nn.Module, match: Match, *, form: str) -> ShiftwiseConv2d:
     module.training = module.branches.training = site.training
     for branch in branches:
         branch.training = site.training  # and not .train(): a frozen BatchNorm stays in eval
+    keep_attributes(module, site, match)
     return module
+
+
+def check_parameters(site: nn.Module, match: Match, *, mode: str = "laid_out") -> None:
+    """Refuses a site whose parameters nothing can take the place of.
+
+    Raises:
+        NotImplementedError: a parameter has hooks that nothing else can have, or is none.
+    """
+    used = {name for branch in match.branches for name in (branch.weight, branch.bias)}
+    taken = {name: parameter for name, parameter in site.named_parameters() if name in used}
+    if (reason := reason_against_parameters(taken, mode=mode, edges=match.edges)) is not None:
+        raise NotImplementedError(f"{match.path or 'model'}: {reason}. Or leave it out with select=...")
 
 
 def _branch(
@@ -45,8 +63,11 @@ def _branch(
         return Branch.identity(match.out_channels, source.tile, like, bn)
     weight = _take(parameters, source.weight, _weight_shape(match, source), match)
     bias = None if source.bias is None else _take(parameters, source.bias, (match.out_channels,), match)
-    grads = (weight.requires_grad, bias is not None and bias.requires_grad)
-    return Branch.from_kernel(source.geometry, weight, source.tile, bias=bias, bn=bn, requires_grad=grads)
+    branch = Branch.from_kernel(source.geometry, weight, source.tile, bias=bias, bn=bn)
+    take_over(branch.bank, weight, branch.layout)  # type: ignore[arg-type]
+    if bias is not None and branch.bias is not None:
+        take_over(branch.bias, bias)
+    return branch
 
 
 def _weight_shape(match: Match, source: SourceBranch) -> tuple[int, ...]:

@@ -19,22 +19,22 @@ _DEEPEST = 4
 """So many containers within each other are looked into."""
 
 
-def held_beside(model: nn.Module) -> dict[int, str]:
+def held_beside(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Modules and tensors that attributes of a model's modules hold, beside those that are registered there.
 
     Who is held in a list, or bound to a method or a function that is kept, is used without the model's knowing: a
     replacement in its place would not be.
 
     Returns:
-        By ``id``: the attribute, such as ``"blocks.0.held"``. Hooks of other modules count as well.
+        By ``id``: the modules with such an attribute, and its name, such as ``"blocks.0.held"``. Hooks count as well.
     """
-    found: dict[int, str] = {}
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name not in _REGISTERED and not isinstance(value, (int, float, str, bool, type(None))):
                 for held in _references(value):
                     if isinstance(held, (nn.Module, Tensor)) and held is not module:
-                        found.setdefault(id(held), f"{path or 'model'}.{name}")
+                        found.setdefault(id(held), []).append((module, f"{path or 'model'}.{name}"))
     return found
 
 

@@ -113,7 +113,9 @@ class _Search:
         if not self._is_large(conv):
             if is_depthwise(conv) and max(kernel) > 1:
                 self._leave(conv, kernel, f"kernel smaller than min_kernel = {self.config.min_kernel}")
-        elif reason := reason_against(conv) or self._in_use_elsewhere(conv) or reached(conv, self._holders(conv)):
+        elif (
+            reason := reason_against(conv) or self._in_use_elsewhere(conv, {conv}) or reached(conv, self._holders(conv))
+        ):
             self._leave(conv, kernel, reason)
         elif not self.selected(self.modules[conv], conv):
             self._leave(conv, kernel, "left out by select")
@@ -239,7 +241,7 @@ class _Search:
         """Why a module whose forward is a sum of branches cannot be replaced as a whole; None if it can."""
         inside = set(module.modules())
         for inner in inside:
-            if reason := self._in_use_elsewhere(inner):
+            if reason := self._in_use_elsewhere(inner, inside):
                 return reason
             if inner is not module and any(parent not in inside for parent, _ in self.places[inner]):
                 return f"its part {self.modules[inner]} is also used elsewhere"
@@ -275,10 +277,10 @@ class _Search:
             return "its branches give outputs of different sizes"
         return None
 
-    def _in_use_elsewhere(self, module: nn.Module) -> str | None:
+    def _in_use_elsewhere(self, module: nn.Module, site: set[nn.Module]) -> str | None:
         for what, each in (("it", module), *module.named_parameters(recurse=False)):
-            if id(each) in self.held:
-                return f"{self.held[id(each)]} holds {what}, too, and would go on using it"
+            if place := next((place for holder, place in self.held.get(id(each), ()) if holder not in site), ""):
+                return f"{place} holds {what}, too, and would go on using it"
         for parameter in module.parameters(recurse=False):
             if parameter in self.tied:
                 return f"its weights are tied: {' and '.join(self.tied[parameter])} are one parameter"

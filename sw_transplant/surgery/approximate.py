@@ -20,6 +20,7 @@ from sw_transplant.find.match import Match
 from sw_transplant.find.shared import active_count, shared_tile
 from sw_transplant.forms import DenseKernel, add_kernels, embed
 from sw_transplant.geometry import Extent, enclose
+from sw_transplant.layers.parameters import take_attributes
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.sharing import share
@@ -126,6 +127,8 @@ def build_shared(original: ShiftwiseConv2d, match: Match, config: SWConfig) -> S
     _split(bank[active], module, config.seed)
     if bias is not None:
         module.norm("identity").bias.copy_(bias[active.to(bias.device)])  # type: ignore[union-attr, operator]
+    for path in module.paths:
+        take_attributes(path.weight, [branch.bank for branch in original.parts() if not branch.is_identity])
     trained = any(parameter.requires_grad for parameter in original.parameters())
     module.requires_grad_(trained).train(original.training)
     return module

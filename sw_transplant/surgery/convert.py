@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 from torch import nn
 
 from sw_transplant.config import SWConfig
-from sw_transplant.find.candidate import build, find_site
+from sw_transplant.find.candidate import build, check_parameters, find_site
 from sw_transplant.find.closures import stays_with_original
+from sw_transplant.find.keep import keep_attributes
 from sw_transplant.find.match import Inspection, Match, NoLargeKernelError
 from sw_transplant.find.search import inspect_model
 from sw_transplant.find.select import Select
+from sw_transplant.layers.parameters import copy_model
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.approximate import build_shared
 from sw_transplant.surgery.hosts import hosts_of
@@ -106,9 +107,11 @@ def put(model: nn.Module, built: Sequence[tuple[Match, ShiftwiseConv2d]]) -> nn.
 
 
 def _build_for(site: nn.Module, match: Match, config: SWConfig) -> ShiftwiseConv2d:
+    check_parameters(site, match, mode=config.mode)
     layer = build(site, match, form=config.form)
     if config.mode == "shiftwise":
         layer = build_shared(layer, match, config)
+        keep_attributes(layer, site, match)
     remember(layer, site, match)
     return layer
 
@@ -131,7 +134,7 @@ def _refuse_wrappers(model: nn.Module) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copy_model(model)
     except Exception as error:
         raise ValueError(
             f"model: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sw_transplant.find.candidate import build
+from sw_transplant.find.keep import keep_attributes
 from sw_transplant.find.match import Match, join_path
 from sw_transplant.layers.masks import MaskedTiles
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
@@ -74,6 +75,7 @@ def rebuild(site: nn.Module, layer: LayerDescription, masked: Container[str] = (
         module = layer.shared.build(layer.match, form=layer.form, device=like.device, dtype=like.dtype).train(
             site.training
         )
+        keep_attributes(module, site, layer.match)
     remember(module, site, layer.match)
     for name, part in module.named_modules():
         if isinstance(part, MaskedTiles) and (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from sw_transplant.config import CONFIG_VERSION
 from sw_transplant.find.candidate import find_site
 from sw_transplant.find.match import Match
+from sw_transplant.layers.parameters import copy_model
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.convert import put
 from sw_transplant.surgery.description import LayerDescription, describe, read_descriptions, rebuild
@@ -72,7 +72,7 @@ def load(base_model: nn.Module, folder: str | os.PathLike[str], *, inplace: bool
             have; missing or unexpected weights, another shape or dtype. ``base_model`` is then left as it was.
     """
     layers, weights = _read(base_model, Path(folder))
-    target = base_model if inplace else copy.deepcopy(base_model)
+    target = base_model if inplace else copy_model(base_model)
     built = [(layer.match, rebuild(find_site(target, layer.match.path), layer, weights)) for layer in layers]
     _check(_state_after(target, built), weights, Path(folder))
     model = put(target, built)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sw_transplant.find.keep import give_back_attributes
 from sw_transplant.forms import DenseKernel
-from sw_transplant.geometry import BranchGeometry
+from sw_transplant.geometry import BranchGeometry, Size
+from sw_transplant.layers.parameters import copy_model, take_attributes
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.hosts import hosts_of
+
+Sides = tuple[int, int, int, int]
 
 
 def merge(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -20,7 +25,9 @@ def merge(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     What was one convolution becomes one again, of the original kernel size and, without BatchNorm, with the original
     weights bit for bit. Parallel branches are added up wherever that costs no work; what is left beside each other (the
     two strips of SLaK, whose sum would be a 51 x 51) becomes a :class:`ParallelConv2d`. Zero padding that differs from
-    side to side becomes an ``nn.ZeroPad2d`` before the convolution, one that depends on the map a :class:`SameConv2d`.
+    side to side becomes ``padding="same"`` or an :class:`UnevenConv2d`, one that depends on the map a
+    :class:`SameConv2d`; ``padding`` is as it was written before the conversion. What weights and biases require of
+    gradients, attributes of parameters and flags on layers are kept.
 
     Args:
         model: a converted model.
@@ -33,7 +40,7 @@ def merge(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         ValueError: there is no Shiftwise module in the model.
         NotImplementedError: a BatchNorm keeps no running statistics that could be folded.
     """
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else copy_model(model)
     merged = {module: _plain(module) for module in target.modules() if isinstance(module, ShiftwiseConv2d)}
     if not merged:
         raise ValueError(f"merge: {type(model).__name__} has no Shiftwise module, expected a model from convert(model)")
@@ -84,14 +91,48 @@ class SameConv2d(nn.Conv2d):
         return super().forward(F.pad(x, (left, right, top, bottom)))
 
 
+class UnevenConv2d(nn.Conv2d):
+    """nn.Conv2d with another number of zeros on each side of the map.
+
+    Args:
+        channels: of the input and of the output; depthwise.
+        kernel_size, stride, dilation: as in nn.Conv2d.
+        padding: ``(top, bottom, left, right)``, at least 0 each.
+        bias: whether there is one.
+    """
+
+    def __init__(
+        self, channels: Size, kernel_size: Size, *, stride: Size, padding: Sides, dilation: Size, bias: bool
+    ) -> None:
+        options = {"stride": stride, "dilation": dilation, "bias": bias, "groups": channels[0], "device": "meta"}
+        super().__init__(*channels, kernel_size, **options)  # type: ignore[arg-type]
+        self.padding = padding
+        top, bottom, left, right = padding
+        self.margins = [left, right, top, bottom]  # as torch.nn.functional.pad takes them
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(F.pad(input, self.margins), weight, bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
 @torch.no_grad()
 def _plain(module: ShiftwiseConv2d) -> nn.Module:
-    kernels, bias = module.kernels()
-    parts = [_convolution(module, kernel, bias if i == 0 else None) for i, kernel in enumerate(kernels)]
-    plain = parts[0] if len(parts) == 1 else ParallelConv2d(parts)
+    (kernels, bias), (trained, bias_trained) = module.kernels(), module.trained()
+    banks: Sequence[Tensor] = () if module.spec is not None else [b.bank for b in module.parts() if not b.is_identity]
+    parts = []
+    for i, kernel in enumerate(kernels):
+        convolution = _empty_convolution(module, kernel, bias=bias is not None and i == 0)
+        convolution.weight = nn.Parameter(kernel.weight.detach().clone(), requires_grad=trained[i])
+        if banks:
+            take_attributes(convolution.weight, banks)
+        if convolution.bias is not None and bias is not None:
+            convolution.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias_trained)
+            if isinstance(bias, nn.Parameter):
+                take_attributes(convolution.bias, [bias])
+        parts.append(convolution)
+    plain: nn.Module = parts[0] if len(parts) == 1 else ParallelConv2d(parts)
     if module.channel_order is not None:
         plain = nn.Sequential(ChannelOrder(module.channel_order), plain)
-    plain.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
+    give_back_attributes(plain, module)
     return plain.train(module.training)
 
 
@@ -108,27 +149,27 @@ def _is_what_it_replaced(module: ShiftwiseConv2d, plain: nn.Module) -> bool:
     return {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()} == expected
 
 
-def _convolution(module: ShiftwiseConv2d, kernel: DenseKernel, bias: Tensor | None) -> nn.Module:
+def _empty_convolution(module: ShiftwiseConv2d, kernel: DenseKernel, *, bias: bool) -> nn.Conv2d:
+    """A convolution with the geometry of a kernel, without values; ``padding`` as it was written, where that is it."""
+    channels, stride = (module.in_channels, module.out_channels), module.stride
+    size, dilation, sides = kernel.extent.kernel_size, kernel.extent.dilation, _sides(module, kernel)
+    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "bias": bias}
+    plainly = {**options, "groups": module.groups, "device": "meta"}
+    if module.pads_by_map:
+        return SameConv2d(*channels, size, **plainly)
+    even = sides[0] == sides[1] and sides[2] == sides[3]
+    is_same = stride == (1, 1) and sides == BranchGeometry(size, "same", dilation).resolve((1, 1), stride)
+    if is_same and (module.stated_padding == "same" or not even):
+        return nn.Conv2d(*channels, size, padding="same", **plainly)
+    if not any(sides) and module.stated_padding == "valid":
+        return nn.Conv2d(*channels, size, padding="valid", **plainly)
+    if even:
+        return nn.Conv2d(*channels, size, padding=(sides[0], sides[2]), **plainly)
+    return UnevenConv2d(channels, size, padding=sides, **options)
+
+
+def _sides(module: ShiftwiseConv2d, kernel: DenseKernel) -> Sides:
+    """Zeros ``(top, bottom, left, right)`` around the map."""
     growth = module.growth
     (top, left), (kh, kw), (dh, dw) = kernel.extent.origin, kernel.extent.kernel_size, kernel.extent.dilation
-    bottom, right = growth[0] + dh * (kh - 1) - top, growth[1] + dw * (kw - 1) - left
-    dynamic = module.padding == "same"
-    symmetric = (top, left) == (bottom, right)
-    convolution = (SameConv2d if dynamic else nn.Conv2d)(
-        module.in_channels,
-        module.out_channels,
-        (kh, kw),
-        stride=module.stride,
-        padding=(top, left) if symmetric and not dynamic else 0,
-        dilation=(dh, dw),
-        groups=module.groups,
-        bias=bias is not None,
-        device="meta",
-    )
-    convolution.weight = nn.Parameter(kernel.weight.detach().clone())
-    if bias is not None:
-        convolution.bias = nn.Parameter(bias.detach().clone())
-    if symmetric or dynamic:
-        return convolution
-    # Negative numbers cut the map: a kernel that was enclosed in a larger one may start inside it.
-    return nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), convolution)
+    return top, growth[0] + dh * (kh - 1) - top, left, growth[1] + dw * (kw - 1) - left
