@@ -49,19 +49,13 @@ class BranchGeometry:
         return top + bottom - self.reach[0], left + right - self.reach[1]
 
     def filled(self, tile: int) -> BranchGeometry:
-        """The kernel with rows and columns added at its end until tiles of this side fill it; the same outputs.
-
-        Raises:
-            NotImplementedError: there is something to add, and the padding depends on the map.
-        """
+        """The kernel with rows and columns added at its end until tiles of this side fill it; the same outputs."""
         size = tuple(-(-taps // tile) * tile for taps in self.kernel_size)
         if size == self.kernel_size:
             return self
         if self.padding == "same":
-            raise NotImplementedError(
-                f"BranchGeometry: padding 'same' with a kernel {self.kernel_size} that tiles of {tile} do not fill is "
-                "not supported; give the padding as four numbers, or choose a tile that divides the kernel"
-            )
+            filling = (size[0] - self.kernel_size[0], size[1] - self.kernel_size[1])
+            return FilledGeometry((size[0], size[1]), "same", self.dilation, filling)
         (kh, kw), (dh, dw), (top, bottom, left, right) = self.kernel_size, self.dilation, self.padding
         padding = (top, bottom + dh * (size[0] - kh), left, right + dw * (size[1] - kw))
         return BranchGeometry((size[0], size[1]), padding, self.dilation)
@@ -81,6 +75,18 @@ class BranchGeometry:
             (size[0] + top + bottom - self.reach[0] - 1) // stride[0] + 1,
             (size[1] + left + right - self.reach[1] - 1) // stride[1] + 1,
         )
+
+
+@dataclass(frozen=True)
+class FilledGeometry(BranchGeometry):
+    """A kernel that grew, with padding "same" for what it was: ``filling`` rows and columns at its end do not count."""
+
+    filling: Size = (0, 0)
+
+    def resolve(self, size: Size, stride: Size) -> tuple[int, int, int, int]:
+        kernel = (self.kernel_size[0] - self.filling[0], self.kernel_size[1] - self.filling[1])
+        top, bottom, left, right = BranchGeometry(kernel, self.padding, self.dilation).resolve(size, stride)
+        return top, bottom + self.dilation[0] * self.filling[0], left, right + self.dilation[1] * self.filling[1]
 
 
 def _same_padding(size: int, stride: int, reach: int) -> tuple[int, int]:

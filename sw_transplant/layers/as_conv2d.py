@@ -232,6 +232,8 @@ class AsConv2d:
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+            if name == "stride" and "_planner" in self.__dict__:
+                self.clear_cache()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module, but for what pruning and norms would put in the place of a weight that is not there."""

@@ -238,7 +238,6 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
 
         Raises:
             ValueError: no edges, or a branch that is not laid out.
-            NotImplementedError: a kernel that would have to grow, with padding that depends on the map.
         """
         channels, tiles, n, _ = self.bank.shape
         grid = self._grid  # (T, 3)

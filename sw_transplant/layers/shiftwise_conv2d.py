@@ -173,7 +173,8 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
         for i, kernel in enumerate(kernels):
             (kh, kw), (top, left), (dh, dw) = kernel.extent.kernel_size, kernel.extent.origin, kernel.extent.dilation
             sides = (top, grown[0] + dh * (kh - 1) - top, left, grown[1] + dw * (kw - 1) - left)
-            geometry = BranchGeometry((kh, kw), "same" if self.pads_by_map else sides, (dh, dw))
+            # Padding that depends on the map goes with a single branch, so with a kernel of its extent.
+            geometry = self._geometry if self.pads_by_map else BranchGeometry((kh, kw), sides, (dh, dw))
             tile = max(b.bank.shape[2] for b in self.parts())
             branch_bias, grads = bias if i == 0 else None, (trained[i], bias_trained)
             branch = Branch.from_kernel(geometry, kernel.weight, tile, bias=branch_bias, requires_grad=grads)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sw_transplant.find.keep import give_back_attributes
 from sw_transplant.forms import DenseKernel
-from sw_transplant.geometry import BranchGeometry, Size
+from sw_transplant.geometry import BranchGeometry, FilledGeometry, Size
 from sw_transplant.layers.parameters import copy_model, take_attributes
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.hosts import hosts_of
@@ -82,11 +82,17 @@ class ChannelOrder(nn.Module):
 
 
 class SameConv2d(nn.Conv2d):
-    """nn.Conv2d whose output has ceil(size / stride) rows and columns; the odd zero of padding comes after the map."""
+    """nn.Conv2d whose output has ceil(size / stride) rows and columns; the odd zero of padding comes after the map.
+
+    Attributes:
+        filling: rows and columns at the end of the kernel that do not count for the padding.
+    """
+
+    filling: Size = (0, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, dilation = (self.kernel_size[0], self.kernel_size[1]), (self.dilation[0], self.dilation[1])
-        geometry = BranchGeometry(kernel, "same", dilation)
+        geometry = FilledGeometry(kernel, "same", dilation, self.filling)
         top, bottom, left, right = geometry.resolve((x.shape[-2], x.shape[-1]), (self.stride[0], self.stride[1]))
         return super().forward(F.pad(x, (left, right, top, bottom)))
 
@@ -156,7 +162,10 @@ def _empty_convolution(module: ShiftwiseConv2d, kernel: DenseKernel, *, bias: bo
     options: dict[str, Any] = {"stride": stride, "dilation": dilation, "bias": bias}
     plainly = {**options, "groups": module.groups, "device": "meta"}
     if module.pads_by_map:
-        return SameConv2d(*channels, size, **plainly)
+        convolution = SameConv2d(*channels, size, **plainly)
+        if isinstance(module._geometry, FilledGeometry):
+            convolution.filling = module._geometry.filling
+        return convolution
     even = sides[0] == sides[1] and sides[2] == sides[3]
     is_same = stride == (1, 1) and sides == BranchGeometry(size, "same", dilation).resolve((1, 1), stride)
     if is_same and (module.stated_padding == "same" or not even):

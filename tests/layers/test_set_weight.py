@@ -239,3 +239,12 @@ def test_training_goes_on_after_a_write() -> None:
             loss.backward()
             optimizer.step()
     torch.testing.assert_close(converted.weight, plain.weight)
+
+
+def test_a_stride_that_is_set_takes_effect() -> None:
+    plain, converted = pair("square")
+    with torch.no_grad():
+        for module in (plain.eval(), converted.eval()):
+            module(images(2, 4, (19, 21)))
+            module.stride = (2, 3)
+        assert_same(plain, converted)
