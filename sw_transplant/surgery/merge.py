@@ -17,6 +17,15 @@ from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.hosts import hosts_of
 
 Sides = tuple[int, int, int, int]
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 
 
 def merge(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -139,6 +148,8 @@ def _plain(module: ShiftwiseConv2d) -> nn.Module:
     if module.channel_order is not None:
         plain = nn.Sequential(ChannelOrder(module.channel_order), plain)
     give_back_attributes(plain, module)
+    for name in _HOOKS:  # those that somebody put on the layer after the conversion
+        getattr(plain, name).update(getattr(module, name))
     return plain.train(module.training)
 
 

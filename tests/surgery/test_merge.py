@@ -85,3 +85,12 @@ def test_a_merged_model_exports():
     x = torch.randn(2, 4, 12, 12)
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_hooks_of_a_layer_stay_with_what_takes_its_place() -> None:
+    converted, seen = convert(nn.Sequential(conv(), nn.ReLU())), []
+    converted[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    converted[0].register_forward_pre_hook(lambda module, inputs: seen.append(type(module).__name__))
+    x = torch.randn(1, 4, 9, 9)
+    assert torch.allclose(merge(converted)(x), converted(x), atol=1e-5)
+    assert sorted(seen) == ["Conv2d", "ShiftwiseConv2d"]
