@@ -5,9 +5,12 @@ Read in this order:
     branch              one bank of tiles, its placements, and what follows the shift
     tables              the integers that say where tiles go
     masks               which tiles of a bank are in use
+    layout              how a dense kernel lies in a bank
+    parameters          what belongs to a parameter beside its values, and is kept
     watch               whether a layer is still what it was
     recompute           less memory in training
     plan                what a call does, and how long that is kept
+    computed            a weight that is computed, and refuses to be written to
     as_conv2d           the attributes of an nn.Conv2d, and the plain kernels that a layer equals
     shiftwise_conv2d    ShiftwiseConv2d: a sum of branches, laid out from kernels
     orders              what the paper's module draws at random
