@@ -197,8 +197,8 @@ def _check_loaded(path: str, module: ShiftwiseConv2d) -> None:
     Raises:
         ValueError: a tensor was not in the file.
     """
-    state = module.state_dict(keep_vars=True)
-    missing = [name for name, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    missing = [name for name in module.state_dict() if not getattr(held[name], "_is_hf_initialized", False)]
     if missing:
         raise ValueError(
             f"{path}: {', '.join(missing[:3])}: not in the file with the weights, though config.json says that it "
