@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 import numba
 import pytest
@@ -18,8 +17,6 @@ from tests.ops.shift_add_cases import (
     naive_shift_add,
     naive_shift_add_backward,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def per_channel(placements: torch.Tensor, channels: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from sw_transplant.ops import shift_add, shift_add_backward_reference, shift_add_reference
 from tests.ops.shift_add_cases import CASES, assert_same_bits
+from tests.sampling import sample
 
 OPERATORS = torch.ops.sw_transplant
 
@@ -30,7 +31,8 @@ def test_schemas() -> None:
     )
 
 
-def test_compiled_with_a_batch_that_changes() -> None:
+@pytest.mark.parametrize("backend", sample(["aot_eager", "inductor"], ["aot_eager"]))
+def test_compiled_with_a_batch_that_changes(backend: str) -> None:
     case = CASES[5]
     _, placements, _ = case.inputs(torch.float32)
     compiles = 0
@@ -44,7 +46,7 @@ def test_compiled_with_a_batch_that_changes() -> None:
         return shift_add(z * 2, placements, case.out_size, case.stride)
 
     counted = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
     for batch in (2, 3, 5):
         z = torch.randn(batch, case.channels, case.tiles, *case.z_size, requires_grad=True)
         out = compiled(z)

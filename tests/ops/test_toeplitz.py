@@ -1,7 +1,6 @@
 """toeplitz_conv and toeplitz_weight_grad as operators: the definition, gradients, registration, compilation, errors."""
 
 import contextlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ import torch.nn.functional as F
 from sw_transplant.ops import toeplitz_selftest
 from sw_transplant.ops.toeplitz import toeplitz_conv, toeplitz_weight_grad
 from sw_transplant.ops.toeplitz_reference import pairs, toeplitz_conv_reference, toeplitz_weight_grad_reference
+from tests.sampling import sample
 
-ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = torch.ops.sw_transplant
 GEOMETRIES = {
     "strips": ((6, 5), [(7, 3), (3, 7), (3, 3)], [3, 1, 1, 3, 1, 1]),
@@ -134,7 +133,8 @@ def test_operators_are_registered_as_pytorch_expects(name: str, dtype: torch.dty
         torch.library.opcheck(OPERATORS.toeplitz_weight_grad.default, arguments)
 
 
-def test_compiled_with_a_batch_that_changes() -> None:
+@pytest.mark.parametrize("backend", sample(["aot_eager", "inductor"], ["aot_eager"]))
+def test_compiled_with_a_batch_that_changes(backend: str) -> None:
     _, weights, origins, bias = inputs("strips", torch.float32)
     weights = [weight.requires_grad_() for weight in weights]
     compiles = 0
@@ -148,7 +148,7 @@ def test_compiled_with_a_batch_that_changes() -> None:
         return toeplitz_conv(x * 2, weights, origins, bias, True)
 
     counted = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
     for batch in (2, 3, 5):
         x = torch.randn(batch, 3, 6, 5, requires_grad=True)
         compiled(x).sum().backward()
