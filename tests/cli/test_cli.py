@@ -59,7 +59,10 @@ def needs(argument):
 def waits():
     import time
     print("waiting", flush=True)
-    time.sleep(60)
+    try:
+        time.sleep(60)
+    finally:
+        open("tidied_up", "w").close()
 
 model = build()
 number = 3
@@ -629,9 +632,10 @@ def stopped(process: subprocess.Popen, number: int) -> tuple[int, str, str]:
     [(signal.SIGINT, 130, "ignored"), (signal.SIGTERM, 143, "default")],
 )
 def test_process_stops_quietly_when_told(folder: Path, number: int, code: int, inherited: str) -> None:
-    """Whatever its parent does with the signal, which the child inherits."""
+    """Whatever its parent does with the signal, which the child inherits; what cleans up behind itself can do so."""
     process = start("inspect", "tiny_model:waits", preexec_fn=lambda: signal.signal(number, HANDLERS[inherited]))
     assert stopped(process, number) == (code, "", "")
+    assert (folder / "tidied_up").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
