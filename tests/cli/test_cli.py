@@ -58,8 +58,8 @@ def needs(argument):
 
 def waits():
     import time
-    print("waiting", flush=True)
     try:
+        print("waiting", flush=True)
         time.sleep(60)
     finally:
         open("tidied_up", "w").close()
