@@ -13,6 +13,7 @@ Reading proposes, a proof disposes. Read in this order:
     trial        one call of a module, and everything that comes of it
     specimen     private copies of a site, to be run
     proof        original and candidate side by side: what one does and the other does not
+    notes        what in a model's own code may notice a conversion
     closures     whether a copy of a model would go on using the original
     select       which layers are meant
     describe     from what reading found to a match

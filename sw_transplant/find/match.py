@@ -108,11 +108,19 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The result of :func:`sw_transplant.inspect_model`; printing it gives a table."""
+    """The result of :func:`sw_transplant.inspect_model`; printing it gives a table.
+
+    Attributes:
+        matches: what will be replaced.
+        skipped: what will not, each with its reason.
+        converted: paths of layers that are Shiftwise already.
+        notes: what in the model's own code may notice the replacement (:mod:`notes`).
+    """
 
     matches: tuple[Match, ...]
     skipped: tuple[Skipped, ...]
     converted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection, ready for JSON."""
@@ -143,6 +151,7 @@ class Inspection:
                 ]
                 rows.append([_first(paths, 1), type_name, _times(kernel), str(count), reason])
             parts.append(render_table("Left as they are", ["layer", "class", "kernel", "count", "reason"], rows))
+        parts += [f"Note: {note}." for note in self.notes]
         return "\n".join(parts)
 
 
