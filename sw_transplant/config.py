@@ -10,6 +10,7 @@ CONFIG_VERSION = 1
 
 Mode = Literal["laid_out", "shiftwise"]
 Form = Literal["auto", "shift", "assembled", "gemm", "toeplitz"]
+Nonfinite = Literal["anywhere", "local"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class SWConfig:
             tensor cores where a GPU has them. ``"gemm"`` takes a whole small map at once, as one matrix product per
             channel. ``"auto"`` chooses for each call (:mod:`sw_transplant.forms.dispatch`). All give the same
             function; it can be changed at any time through ``ShiftwiseConv2d.form`` or :func:`set_form`.
+        nonfinite: where NaN and infinity at one pixel of a map may go. ``"anywhere"``: form ``"auto"`` takes what is
+            fastest; matrix products (``"gemm"``, ``"toeplitz"``) carry them to other pixels of their channel.
+            ``"local"``: it takes only forms that keep them where the kernel reaches (``"assembled"``). A form that is
+            asked for by its name runs either way. Assignable on a layer (``ShiftwiseConv2d.nonfinite``).
         edges: E, how many orders place the tiles. ``None``: 1 in mode ``"laid_out"``, 4 (the paper's) in mode
             ``"shiftwise"``. More than 1 in mode ``"laid_out"`` adds edges of random order with a gain of 0: the
             function stays the same until training makes them grow.
@@ -46,6 +51,7 @@ class SWConfig:
     min_kernel: int = 7
     tile: int | None = None
     form: Form = "auto"
+    nonfinite: Nonfinite = "anywhere"
     edges: int | None = None
     merge_parallel: bool = True
     paths: int = 2
@@ -57,6 +63,8 @@ class SWConfig:
             raise ValueError(f"SWConfig.mode: got {self.mode!r}, expected one of {get_args(Mode)}")
         if self.form not in get_args(Form):
             raise ValueError(f"SWConfig.form: got {self.form!r}, expected one of {get_args(Form)}")
+        if self.nonfinite not in get_args(Nonfinite):
+            raise ValueError(f"SWConfig.nonfinite: got {self.nonfinite!r}, expected one of {get_args(Nonfinite)}")
         for name in ("min_kernel", "paths"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"SWConfig.{name}: got {getattr(self, name)!r}, expected an integer of at least 1")

@@ -10,6 +10,14 @@ what each costs, CONTRIBUTING.md how to add one.
     toeplitz    the same                                            banded Toeplitz products, in one pass
     gemm        one kernel, as a matrix over the whole map          one matrix product per channel
 
+    form        NaN or infinity at one pixel
+    shift       stays where the kernel reaches, rounded up to whole tiles
+    assembled   stays where the kernel reaches; of kernels that were joined, the one that encloses them
+    toeplitz    may fill its channel of its image: zeros beside the band are multiplied, too
+    gemm        fills its channel of its image
+
+``SWConfig(nonfinite="local")`` keeps form "auto" to those where it stays.
+
 Read in this order:
 
     placed                         what a form is given: placed tiles, and the call

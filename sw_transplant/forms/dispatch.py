@@ -106,12 +106,24 @@ def matmul_is_coarser() -> bool:
     return backends.cuda.matmul.fp32_precision == "tf32" != backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
 
 
-def choose_form(requested: str, job: Job, given: Conditions) -> Decision:
+def check_nonfinite(nonfinite: str) -> None:
+    """Accepts ``"anywhere"`` and ``"local"``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if nonfinite not in ("anywhere", "local"):
+        raise ValueError(f"nonfinite: got {nonfinite!r}, expected 'anywhere' or 'local'")
+
+
+def choose_form(requested: str, job: Job, given: Conditions, *, local: bool = False) -> Decision:
     """The form that runs a job.
 
     Args:
         requested: ``"auto"`` or a form.
         job, given: the layer, its map, and the conditions.
+        local: with "auto", only forms that keep NaN and infinity where the kernel reaches. That leaves "assembled":
+            "shift" keeps them as well, and is slower wherever it was measured.
 
     Returns:
         The form asked for, with "auto" the one of the rule above; "assembled" where that one cannot run.
@@ -123,6 +135,8 @@ def choose_form(requested: str, job: Job, given: Conditions) -> Decision:
     if requested != "auto":
         obstacle = _obstacle(requested, job, given)
         return Decision("assembled", f"{requested} {obstacle}") if obstacle else Decision(requested, "asked for")
+    if local:
+        return Decision("assembled", "keeps NaN and infinity local")
     if given.device.type == "cuda":
         return _on_gpu(job, given)
     if given.device.type == "cpu":

@@ -45,6 +45,8 @@ class Layer(Protocol):
     @property
     def form(self) -> str: ...
     @property
+    def nonfinite(self) -> str: ...
+    @property
     def kernel_size(self) -> Size: ...
     @property
     def padding(self) -> Size | Padding: ...
@@ -246,7 +248,8 @@ def make_plan(layer: Layer, x: Tensor, given: Conditions) -> Plan:
 
     kernels = [[extent for extent, _ in join_extents([placed.extent for placed in entry])] for entry in outputs]
     trained = torch.is_grad_enabled() and any(placed.bank.requires_grad for entry in outputs for placed in entry)
-    decision = choose_form(layer.form, Job(channels, call, kernels, trained), given)
+    local = layer.nonfinite == "local"
+    decision = choose_form(layer.form, Job(channels, call, kernels, trained), given, local=local)
     recompute = "none" if decision.form == "shift" else layer.recompute
     return Plan(
         decision,

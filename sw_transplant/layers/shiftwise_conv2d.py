@@ -9,7 +9,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from sw_transplant.forms.dispatch import Decision, check_form
+from sw_transplant.forms.dispatch import Decision, check_form, check_nonfinite
 from sw_transplant.geometry import BranchGeometry, Size
 from sw_transplant.layers.as_conv2d import AsConv2d
 from sw_transplant.layers.branch import Branch
@@ -87,6 +87,7 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
         self.stride: Size = (stride[0], stride[1])
         self._planner = Planner()
         self.form = form
+        self.nonfinite = "anywhere"
         self.match = match
 
     def _check_sizes(self) -> None:
@@ -109,6 +110,17 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
     def form(self, value: str) -> None:
         check_form(value)
         self._form = value
+        self.clear_cache()
+
+    @property
+    def nonfinite(self) -> str:
+        """Where NaN and infinity at one pixel may go, ``"anywhere"`` or ``"local"``, as in :class:`SWConfig`."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: str) -> None:
+        check_nonfinite(value)
+        self._nonfinite = value
         self.clear_cache()
 
     @property

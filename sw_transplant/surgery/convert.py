@@ -112,6 +112,7 @@ def _build_for(site: nn.Module, match: Match, config: SWConfig) -> ShiftwiseConv
     if config.mode == "shiftwise":
         layer = build_shared(layer, match, config)
         keep_attributes(layer, site, match)
+    layer.nonfinite = config.nonfinite
     remember(layer, site, match)
     return layer
 

@@ -19,18 +19,20 @@ from sw_transplant.surgery.origin import remember
 
 
 class LayerDescription(NamedTuple):
-    """What was replaced, by which execution form, in mode shiftwise by what, and which parts have masks."""
+    """What was replaced, how the layer runs, in mode shiftwise by what, and which parts have masks."""
 
     match: Match
     form: str
     shared: SharedSpec | None
     masks: tuple[str, ...] = ()
+    nonfinite: str = "anywhere"
 
     def to_dict(self) -> dict[str, Any]:
         """The description, ready for JSON; of masks only where there are some."""
         shared = None if self.shared is None else self.shared.to_dict()
         masks = {"masks": list(self.masks)} if self.masks else {}
-        return {"form": self.form, "shared": shared, **masks, **self.match.to_dict()}
+        how = {"form": self.form, "nonfinite": self.nonfinite, "shared": shared}
+        return {**how, **masks, **self.match.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerDescription:
@@ -42,9 +44,12 @@ class LayerDescription(NamedTuple):
         try:
             rest = dict(values)
             form, shared, masks = rest.pop("form"), rest.pop("shared"), tuple(rest.pop("masks", ()))
+            nonfinite = rest.pop("nonfinite", "anywhere")  # earlier folders do not say
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"layer {values!r:.80}: not the description of a converted layer ({error!r})") from error
-        return cls(Match.from_dict(rest), form, None if shared is None else SharedSpec.from_dict(shared), masks)
+        return cls(
+            Match.from_dict(rest), form, None if shared is None else SharedSpec.from_dict(shared), masks, nonfinite
+        )
 
 
 def describe(model: nn.Module) -> list[LayerDescription]:
@@ -76,6 +81,7 @@ def rebuild(site: nn.Module, layer: LayerDescription, masked: Container[str] = (
             site.training
         )
         keep_attributes(module, site, layer.match)
+    module.nonfinite = layer.nonfinite
     remember(module, site, layer.match)
     for name, part in module.named_modules():
         if isinstance(part, MaskedTiles) and (
@@ -95,7 +101,7 @@ def _describe(path: str, module: ShiftwiseConv2d, model: nn.Module) -> LayerDesc
     match = replace(module.match, path=path, aliases=tuple(place for place in places if place != path))
     parts = module.named_modules()
     masks = tuple(name for name, part in parts if isinstance(part, MaskedTiles) and part.mask is not None)
-    return LayerDescription(match, module.form, module.spec, masks)
+    return LayerDescription(match, module.form, module.spec, masks, module.nonfinite)
 
 
 def read_descriptions(values: Sequence[Any]) -> list[LayerDescription]:
