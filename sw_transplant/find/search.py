@@ -17,6 +17,7 @@ from sw_transplant.find.code import reached, switches
 from sw_transplant.find.describe import channels_of, describe, stride_of
 from sw_transplant.find.linear import LinearBranch, NotLinearError, linear_branches
 from sw_transplant.find.match import Inspection, Match, Skipped, join_path
+from sw_transplant.find.notes import notes_on
 from sw_transplant.find.proof import difference
 from sw_transplant.find.rules import (
     conv_geometry,
@@ -59,7 +60,7 @@ class _Search:
     """The modules of a model, every place that holds each, and what the search has found so far."""
 
     def __init__(self, model: nn.Module, config: SWConfig, select: Select) -> None:
-        self.config = config
+        self.model, self.config = model, config
         self.modules = {module: path for path, module in model.named_modules()}
         self.places: dict[nn.Module, list[tuple[nn.Module | None, str]]] = {model: [(None, "")]}
         owners: dict[Tensor, list[str]] = {}
@@ -104,7 +105,8 @@ class _Search:
                 if reason is not None:
                     kernel = max(branch.geometry.kernel_size for branch in match.branches)
                     skipped.append(Skipped(match.path, match.type_name, kernel, reason))
-        return Inspection(tuple(matches), tuple(skipped), tuple(converted))
+        notes = notes_on(self.model, list(self.sites)) if matches else []
+        return Inspection(tuple(matches), tuple(skipped), tuple(converted), tuple(notes))
 
     # ---- candidates ----
 
