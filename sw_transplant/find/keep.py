@@ -24,7 +24,7 @@ def keep_attributes(layer: ShiftwiseConv2d, site: nn.Module, match: Match) -> No
         match: how the site is made.
     """
     for name, value in vars(site).items():
-        known = name in _OF_EVERY_CONVOLUTION or name in vars(layer) or hasattr(type(layer), name)
+        known = name in _OF_EVERY_CONVOLUTION or hasattr(layer, name)
         if not known and not _holds_parts(value):
             layer.__dict__[name] = value
             layer.flags = (*layer.flags, name)

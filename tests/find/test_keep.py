@@ -285,3 +285,11 @@ def test_padding_of_a_class_that_pads_by_itself() -> None:
 def test_padding_of_what_is_no_single_convolution() -> None:
     assert convert(Strips()).padding == (6, 6)
     assert convert(nn.Conv2d(4, 4, 8, padding="same", groups=4), SWConfig(tile=5, edges=2)).padding == (3, 6, 3, 6)
+
+
+def test_names_of_the_layer_itself_are_not_taken() -> None:
+    model = nn.Sequential(Strips(), nn.ReLU())
+    model[0].branches = ("13x5", "5x13")  # the layer has branches of its own
+    layer = convert(model)[0]
+    assert len(layer.branches) == len(layer.match.branches)
+    assert "branches" not in layer.flags
