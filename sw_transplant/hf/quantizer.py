@@ -137,12 +137,11 @@ class ShiftwiseQuantizer(HfQuantizer):  # type: ignore[misc]
         if not isinstance(settings, ShiftwiseConfig) or settings.layers is None:
             return None, {}
         for path, module in shiftwise_layers(model):
-            for tensor in module.parameters():
-                if tensor.is_meta or type(tensor.detach()).__name__ == "DTensor":
-                    raise NotImplementedError(
-                        f"save_pretrained: {path}: its weights are not whole in this process (offloaded, or sharded by "
-                        "FSDP); expected all of them. With FSDP choose the state dict type SHARDED_STATE_DICT"
-                    )
+            if not all(map(_is_whole, module.parameters())):
+                raise NotImplementedError(
+                    f"save_pretrained: {path}: its weights are not whole in this process (offloaded, or sharded by "
+                    "FSDP or DeepSpeed); expected all of them. With FSDP choose the state dict type SHARDED_STATE_DICT"
+                )
         if settings.weights == "dense":
             return dense_state_dict(model), {}
         model.config.fusion_config = {**(getattr(model.config, "fusion_config", None) or {}), NEEDED: True}
@@ -154,6 +153,11 @@ class ShiftwiseQuantizer(HfQuantizer):  # type: ignore[misc]
         """``model.dequantize()``: :func:`sw_transplant.merge`, in place; ``dtype`` None keeps that of the model."""
         merge(model, inplace=True)
         return model if dtype is None else model.to(dtype)
+
+
+def _is_whole(parameter: Tensor) -> bool:
+    """Whether this process holds all of a parameter: not offloaded, and in no part of FSDP's or DeepSpeed's."""
+    return not (parameter.is_meta or type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id"))
 
 
 def _find_place(model: PreTrainedModel, path: str) -> str | None:

@@ -83,6 +83,10 @@ class ShiftwiseConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(f"ShiftwiseConfig: {sorted(values)}: not written by this package ({error})") from error
         return (config, kwargs) if return_unused_kwargs else config
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field as in the dict that transformers expects in the configuration of a model, where it may find this."""
+        return getattr(self, name, default)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ShiftwiseConfig) and self.to_dict() == other.to_dict()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,10 @@ def test_a_plain_folder_is_converted_on_the_fly(original: Path, tmp_path: Path) 
     assert_same_state(as_dict, expected)
 
 
+def test_the_configuration_of_a_converted_model_may_be_given(original: Path) -> None:
+    assert_same_state(CONVNEXT.from_pretrained(original, config=converted().config), converted())
+
+
 def test_the_papers_module_on_the_fly(original: Path, tmp_path: Path) -> None:
     settings = ShiftwiseConfig(SWConfig(mode="shiftwise"))
     loaded = CONVNEXT.from_pretrained(original, quantization_config=settings)
@@ -194,11 +199,12 @@ def test_what_is_not_in_memory_is_refused(tmp_path: Path) -> None:
     for places in ({"convnext": "cpu", "classifier": "disk"}, {"convnext": 0, "classifier": "cpu"}):
         with pytest.raises(ValueError, match=r"device_map: .* offloads layers, which Shiftwise layers do not support"):
             CONVNEXT.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
-    one = converted()
-    shiftwise_layers(one)["convnext.encoder.stages.1.layers.0.dwconv"].to("meta")
-    with pytest.raises(NotImplementedError, match=r"stages\.1\.layers\.0\.dwconv: its weights are not whole"):
-        one.save_pretrained(tmp_path / "no")
-    assert not (tmp_path / "no" / "model.safetensors").exists()
+    for take_away in (lambda layer: layer.to("meta"), lambda layer: setattr(layer.branches[0].bank, "ds_id", 1)):
+        one = converted()
+        take_away(shiftwise_layers(one)["convnext.encoder.stages.1.layers.0.dwconv"])
+        with pytest.raises(NotImplementedError, match=r"stages\.1\.layers\.0\.dwconv: its weights are not whole"):
+            one.save_pretrained(tmp_path / "no")
+        assert not (tmp_path / "no" / "model.safetensors").exists()
 
 
 def test_hooks_of_a_device_map_stay_with_the_layer(tmp_path: Path) -> None:
@@ -217,6 +223,25 @@ def test_hooks_of_a_device_map_stay_with_the_layer(tmp_path: Path) -> None:
     images = MODELS["ConvNext"].images()
     with torch.no_grad():
         assert torch.equal(plain(images).logits, converted()(images).logits)
+
+
+def test_edges_are_those_of_the_file(tmp_path: Path) -> None:
+    """And not those that a conversion would draw."""
+    one = convert(model())
+    for layer in shiftwise_layers(one).values():
+        layer.branches[0] = layer.branches[0].with_edges(2, seed=77)
+        layer.match = replace(layer.match, edges=2)
+        layer.branches[0].gain.data.fill_(0.5)
+    images = MODELS["ConvNext"].images()
+    with torch.no_grad():
+        expected = one(images).logits
+    one.save_pretrained(tmp_path)
+    loaded = CONVNEXT.from_pretrained(tmp_path)
+    assert_same_state(loaded, one)
+    for layer, other in zip(shiftwise_layers(loaded).values(), shiftwise_layers(one).values(), strict=True):
+        assert torch.equal(layer.branches[0].index, other.branches[0].index)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images).logits, expected)
 
 
 # ---- parts ----
