@@ -290,7 +290,7 @@ class _Judgement:
 
     def _step(self, pair: Pair) -> None:
         """One step of SGD; who asks for no weight decay, or for a rate of its own, by an attribute, gets it."""
-        if not self.precise:  # training amplifies rounding
+        if not self.precise or self.world.edges:  # training amplifies rounding, and new edges grow
             return
 
         def run(side: Side) -> None:

@@ -146,7 +146,7 @@ def draw(seed: int) -> Network:
     """The network of a seed; the same one wherever and whenever it is drawn, as long as the tables are the same."""
     dice = random.Random(seed)
     blocks = tuple(_block(dice) for _ in range(dice.choice((1, 1, 1, 2, 2, 3))))
-    network = Network(seed, dice.choice((1, 2, 3, 4, 4, 6)), blocks, dice.random() < 0.3)
+    network = Network(seed, dice.choice((1, 2, 2, 3, 3, 4, 4, 4, 4, 6, 6, 6)), blocks, dice.random() < 0.3)
     for _ in range(dice.choice((0, 1, 1, 2, 2, 3, 4, 6))):
         network = _with_a_habit(network, dice)
     return network

@@ -30,6 +30,7 @@ def report(verdicts: Sequence[Verdict], small: Mapping[int, Network]) -> str:
     """
     outcomes = Counter(verdict.outcome for verdict in verdicts)
     rows = [["drawn", str(len(verdicts))], *([text, str(outcomes[name])] for name, text in _OUTCOMES.items())]
+    rows.append(["of all: both raise at most steps", str(sum(2 * one.raised > one.steps for one in verdicts))])
     rows.append(["layers converted", str(sum(verdict.layers for verdict in verdicts))])
     parts = [render_table("Networks", ["", "count"], rows)]
     reasons = Counter(shape_of(reason) for verdict in verdicts for reason in verdict.reasons)

@@ -66,7 +66,7 @@ def hammer(*, threads: int = 8, conversions: int = 6, inferences: int = 100) -> 
 
     workers = [threading.Thread(target=run, args=(converts, k), daemon=True) for k in range(threads)]
     others = [threading.Thread(target=run, args=(infers, k), daemon=True) for k in range(threads)]
-    interval = sys.getswitchinterval()
+    interval, call = sys.getswitchinterval(), nn.Module.__call__
     sys.setswitchinterval(1e-5)  # so that threads get into each other's way
     try:
         for thread in (*workers, *others):
@@ -78,6 +78,8 @@ def hammer(*, threads: int = 8, conversions: int = 6, inferences: int = 100) -> 
             thread.join()
     finally:
         sys.setswitchinterval(interval)
+    if nn.Module.__call__ is not call:
+        errors.append("nn.Module.__call__ is not what it was")
     return errors
 
 
