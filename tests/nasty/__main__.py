@@ -6,11 +6,15 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from sw_transplant.tables import render_table
+from tests.nasty.habit import HABITS
 from tests.nasty.networks import Network, draw
 from tests.nasty.processes import judge_all, shrink_all
 from tests.nasty.report import report
+from tests.nasty.smaller import alone
 from tests.nasty.source import source
 from tests.nasty.threads import hammer
 
@@ -23,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default 1)")
     parser.add_argument("--limit", type=float, default=30.0, help="seconds for each network (default 30)")
     parser.add_argument("--only", type=int, metavar="SEED", help="judge one network")
+    parser.add_argument("--habit", metavar="NAME", help="networks of this habit and no other; 'all' for each in turn")
     parser.add_argument("--whole", action="store_true", help="do not look for the smallest networks that fail alike")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every verdict there")
     parser.add_argument("--threads", action="store_true", help="convert in many threads at a time instead")
@@ -32,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         errors = hammer()
         print("\n".join(errors) or "no errors")
         return 1 if errors else 0
+    if options.habit is not None:
+        return _habits(options)
     if options.only is not None:
         return _only(draw(options.only), verbose=options.verbose, limit=options.limit, whole=options.whole)
     return _many(options)
@@ -56,6 +63,23 @@ def _many(options: argparse.Namespace) -> int:
     if options.verbose:
         for seed, least in sorted(small.items()):
             print(f"\n# ---- seed {seed}\n{source(least)}")
+    return 1 if any(one.failed for one in verdicts) else 0
+
+
+def _habits(options: argparse.Namespace) -> int:
+    names = list(HABITS) if options.habit == "all" else [options.habit]
+    networks = [network for name in names for network in alone(name)]
+    networks = [replace(network, seed=seed) for seed, network in enumerate(networks)]
+    verdicts = list(judge_all(networks, jobs=options.jobs, limit=options.limit))
+    rows = [
+        [one.outcome, networks[one.seed].blocks[0].kind, one.habits[0], f"{one.where}: {one.what}"[:100]]
+        for one in sorted(verdicts, key=lambda one: one.seed)
+        if one.failed or len(names) == 1
+    ]
+    print(render_table("Habits alone", ["outcome", "site", "habit", "difference"], rows))
+    print(f"{sum(one.failed for one in verdicts)} of {len(verdicts)} networks failed")
+    if options.verbose:
+        print("\n".join(source(networks[one.seed]) for one in verdicts if one.failed))
     return 1 if any(one.failed for one in verdicts) else 0
 
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 import sw_transplant
 from sw_transplant import NoLargeKernelError, ShiftwiseConv2d, SWConfig
+from tests.nasty.maps import draw_images, lay, scalar
 from tests.nasty.networks import Network
 from tests.nasty.pair import Pair, Side, shiftwise_layers
 from tests.nasty.source import convolution_path
@@ -102,8 +103,7 @@ class _Judgement:
     ) -> None:
         self.network, self.world, self.verdict, self.note = network, network.world, verdict, note
         self.ours, self.convert = convert is None, convert or sw_transplant.convert
-        self.dtype = getattr(torch, self.world.dtype)
-        self.precise = self.dtype is torch.float64
+        self.precise = self.world.dtype == "float64"
         self.config = SWConfig(
             min_kernel=self.world.min_kernel, form=self.world.form, tile=self.world.tile, edges=self.world.edges
         )
@@ -227,19 +227,19 @@ class _Judgement:
     ) -> None:
         """One call of both sides, and where it is asked for its backward pass; and everything compared."""
         self.calls += 1
-        images = self._images(size, kind)
+        images = draw_images(self.network, size, kind, self.calls)
 
         def run(side: Side) -> dict[str, Any]:
             side.net.zero_grad(set_to_none=True)
             seed_all(self.calls)
-            leaf = self._laid(images)
+            leaf = lay(images, self.world.layout)
             given = leaf.requires_grad_() * 1 if backward else leaf  # a leaf cannot be written to in place
             autocast = torch.autocast("cpu", torch.bfloat16) if self.world.autocast else nullcontext()
             with torch.set_grad_enabled(grad), autocast:
                 output = side.net(given)
             leaves, structure = tree_flatten(output)
             drawn = random_states()
-            if backward and (loss := _scalar(leaves)).requires_grad:
+            if backward and (loss := scalar(leaves)).requires_grad:
                 loss.backward()
             return {
                 "structure": str(structure),
@@ -262,31 +262,6 @@ class _Judgement:
         if backward:
             pair.gradients(where)
         pair.state(where)
-
-    def _images(self, size: tuple[int, int], kind: str) -> Tensor:
-        generator = torch.Generator().manual_seed(self.calls)
-        batch = () if self.world.batch is None else (1 if kind == "one image" else self.world.batch,)
-        images = torch.randn(*batch, self.network.channels, *size, generator=generator, dtype=torch.float64)
-        if kind == "zeros":
-            images.zero_()
-        if kind == "large":
-            images *= 1e2
-        if kind == "not finite" and images.numel():
-            images.view(-1)[images.numel() // 3] = float("nan")
-            images.view(-1)[images.numel() // 2] = float("inf")
-        return images.to(self.dtype)
-
-    def _laid(self, images: Tensor) -> Tensor:
-        """A copy that lies in memory as the world wants it."""
-        if self.world.layout == "channels_last" and images.dim() == 4:
-            return images.detach().clone(memory_format=torch.channels_last)
-        if self.world.layout == "slice":
-            wide = torch.zeros(*images.shape[:-1], images.shape[-1] + 3, dtype=images.dtype)
-            wide[..., 1:-2] = images
-            return wide[..., 1:-2]
-        if self.world.layout == "expanded" and images.dim() == 4 and len(images):
-            return images[:1].detach().clone().expand(images.shape)
-        return images.detach().clone()
 
     def _step(self, pair: Pair) -> None:
         """One step of SGD; who asks for no weight decay, or for a rate of its own, by an attribute, gets it."""
@@ -387,14 +362,3 @@ class _Judgement:
 
 def _is_one_convolution(layer: ShiftwiseConv2d) -> bool:
     return len(layer.branches) == 1 and layer.branches[0].bn is None
-
-
-def _scalar(leaves: list[Any]) -> Tensor:
-    """A number that depends on every element of the tensors that want gradients."""
-    generator = torch.Generator().manual_seed(4)
-    total = torch.zeros(())
-    for one in leaves:
-        if isinstance(one, Tensor) and one.requires_grad:
-            weight = torch.randn(one.shape, generator=generator, dtype=torch.float64).to(one)
-            total = total + (one * weight).sum()
-    return total

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tests.nasty.habit import HABITS, Habit, Place
@@ -71,6 +71,7 @@ class Block:
         wrapper: what stands between the parent and the site.
         tail: what the parent does to the site's output.
         habits: names, each in a place that this block has.
+        above: those of them that the parent has, where the site could have them, too.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class Block:
     wrapper: str
     tail: str
     habits: tuple[str, ...] = ()
+    above: tuple[str, ...] = ()
 
     @property
     def keeps_shape(self) -> bool:
@@ -166,7 +168,9 @@ def _with_a_habit(network: Network, dice: random.Random) -> Network:
     name = dice.choice(names)
     if place == "world":
         return replace(network, habits=(*network.habits, name))
-    changed = replace(network.blocks[i], habits=(*network.blocks[i].habits, name))
+    block = network.blocks[i]
+    above = (*block.above, name) if place == "parent" else block.above
+    changed = replace(block, habits=(*block.habits, name), above=above)
     return replace(network, blocks=(*network.blocks[:i], changed, *network.blocks[i + 1 :]))
 
 
@@ -268,59 +272,3 @@ def _part(dice: random.Random, large: Convolution, multiplier: int) -> Part:
         same = large.stride == (1, 1) and dice.random() < 0.15
         return Part(Convolution(kernel, "same" if same else sides, large.stride, dilation, bias), norm)
     return Part(replace(large, bias=bias), norm)
-
-
-# ---- smaller networks
-
-
-def simpler(network: Network) -> Iterator[Network]:
-    """Networks that are this one with something left out, the largest steps first."""
-    held = [(None, name) for name in network.habits]
-    held += [(i, name) for i, block in enumerate(network.blocks) for name in block.habits]
-    if len(held) + len(network.blocks) > 1:
-        for i, name in held:
-            yield from _bare(network, i, name)
-    if len(network.blocks) > 1:
-        for i in range(len(network.blocks)):
-            yield replace(network, blocks=(*network.blocks[:i], *network.blocks[i + 1 :]))
-    for name in network.habits:
-        yield replace(network, habits=tuple(other for other in network.habits if other != name))
-    if network.head:
-        yield replace(network, head=False)
-    for i, block in enumerate(network.blocks):
-        for other in _simpler_blocks(block):
-            if all(HABITS[name].needs(other) for name in other.habits):
-                yield replace(network, blocks=(*network.blocks[:i], other, *network.blocks[i + 1 :]))
-
-
-def _bare(network: Network, i: int | None, name: str) -> Iterator[Network]:
-    """Networks of one simple block with this habit only, that of block i, or of the world where i is None."""
-    simple = Block("conv", Convolution((7, 7), (3, 3)), None, 1, (), "plus", "attributes", "", "")
-    if i is None:
-        yield replace(network, habits=(name,), head=False, blocks=(simple,))
-        return
-    for block in (simple, replace(simple, kind="sum", parts=(Part(Convolution((3, 3), (1, 1))),))):
-        fits = {"sum": block.kind == "sum", "convolution": True}
-        if any(fits.get(place, True) for place in HABITS[name].places) and HABITS[name].needs(block):
-            yield replace(network, habits=(), head=False, blocks=(replace(block, habits=(name,)),))
-    yield replace(network, habits=(), blocks=(replace(network.blocks[i], habits=(name,)),))
-
-
-def _simpler_blocks(block: Block) -> Iterator[Block]:
-    for name in block.habits:
-        yield replace(block, habits=tuple(other for other in block.habits if other != name))
-    for k in range(len(block.parts)):
-        yield replace(block, parts=(*block.parts[:k], *block.parts[k + 1 :]))
-    plain = Convolution((7, 7), (3, 3))
-    simple = Block("conv", plain, None, 1, (), "plus", "attributes", "", "")
-    for one in fields(Block):
-        if one.name not in ("kind", "parts", "habits") and getattr(block, one.name) != getattr(simple, one.name):
-            if one.name == "convolution" and block.parts:
-                continue
-            if one.name == "multiplier" and block.tail == "mix":
-                yield replace(block, multiplier=1, tail="")
-                continue
-            yield replace(block, **{one.name: getattr(simple, one.name)})
-    for k, part in enumerate(block.parts):
-        if part.norm is not None:
-            yield replace(block, parts=(*block.parts[:k], replace(part, norm=None), *block.parts[k + 1 :]))

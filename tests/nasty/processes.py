@@ -13,7 +13,8 @@ import torch
 import torch._dynamo
 
 from tests.nasty.judge import judge
-from tests.nasty.networks import Network, simpler
+from tests.nasty.networks import Network
+from tests.nasty.smaller import simpler
 from tests.nasty.source import source
 from tests.nasty.verdict import Verdict
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from tests.nasty.habit import HABITS
 from tests.nasty.judge import judge
-from tests.nasty.networks import Block, Convolution, Network, Part, draw, simpler
+from tests.nasty.networks import Block, Convolution, Network, Part, draw
 from tests.nasty.processes import run_all
+from tests.nasty.smaller import simpler
 from tests.nasty.source import source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +70,11 @@ def test_many_networks() -> None:
     _command(f"--count={LONG_RUN}", f"--jobs={os.cpu_count() or 1}", "--limit=60", limit=4 * 3600)
 
 
+@pytest.mark.exhaustive
+def test_every_habit_alone() -> None:
+    _command("--habit=all", f"--jobs={os.cpu_count() or 1}", limit=3600)
+
+
 # ---- the table of habits
 
 
@@ -81,6 +87,12 @@ def test_networks_are_drawn_alike_and_compile() -> None:
     for seed in range(100):
         assert draw(seed) == draw(seed)
         compile(source(draw(seed)), "drawn", "exec")
+
+
+def test_almost_all_networks_can_be_built() -> None:
+    """A few habits do not go together."""
+    outcomes = [judge(draw(seed), _same, steps=1).outcome for seed in SEEDS]
+    assert outcomes.count("void") <= 3
 
 
 def test_simpler_networks_are_valid() -> None:

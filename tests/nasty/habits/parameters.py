@@ -73,9 +73,9 @@ habit(
 habit(
     "backward pre-hook on the site",
     "built",
-    statements="site.register_full_backward_pre_hook(louder)",
+    statements="site.register_full_backward_pre_hook(louder_still)",
     header="""
-        def louder(m, go):
+        def louder_still(m, go):
             return (go[0] * 2,)
     """,
 )
