@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.nasty.report import report
 from tests.nasty.smaller import alone
 from tests.nasty.source import source
 from tests.nasty.threads import hammer
+from tests.nasty.verdict import Verdict
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,11 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _many(options: argparse.Namespace) -> int:
     started = time.monotonic()
     networks = (draw(seed) for seed in range(options.seed, options.seed + options.count))
-    verdicts = []
-    for verdict in judge_all(networks, jobs=options.jobs, limit=options.limit):
-        verdicts.append(verdict)
-        if len(verdicts) % 50 == 0:
-            print(f"{len(verdicts)} judged, {sum(one.failed for one in verdicts)} failed", file=sys.stderr, flush=True)
+    verdicts = _judged(networks, options)
     small: dict[int, Network] = {}
     if not options.whole:
         pairs = [(draw(one.seed), one) for one in verdicts if one.failed and one.outcome != "hang"]
@@ -66,11 +64,20 @@ def _many(options: argparse.Namespace) -> int:
     return 1 if any(one.failed for one in verdicts) else 0
 
 
+def _judged(networks: Iterable[Network], options: argparse.Namespace) -> list[Verdict]:
+    verdicts = []
+    for verdict in judge_all(networks, jobs=options.jobs, limit=options.limit):
+        verdicts.append(verdict)
+        if len(verdicts) % 50 == 0:
+            print(f"{len(verdicts)} judged, {sum(one.failed for one in verdicts)} failed", file=sys.stderr, flush=True)
+    return verdicts
+
+
 def _habits(options: argparse.Namespace) -> int:
     names = list(HABITS) if options.habit == "all" else [options.habit]
     networks = [network for name in names for network in alone(name)]
     networks = [replace(network, seed=seed) for seed, network in enumerate(networks)]
-    verdicts = list(judge_all(networks, jobs=options.jobs, limit=options.limit))
+    verdicts = _judged(networks, options)
     rows = [
         [one.outcome, networks[one.seed].blocks[0].kind, one.habits[0], f"{one.where}: {one.what}"[:100]]
         for one in sorted(verdicts, key=lambda one: one.seed)

@@ -189,6 +189,7 @@ class _Judgement:
         except Exception as error:
             self._untouched("convert that raises", states, before, given)
             raise self._refusal("convert", error) from error
+        self._undrawn("convert", states)
         if not self.world.inplace:
             self._untouched("convert", states, before, given)
         elif self.ours and side.net is not given and not isinstance(side.net, ShiftwiseConv2d):
@@ -202,10 +203,13 @@ class _Judgement:
         refused = type(error) in (ValueError, NotImplementedError) and is_ours(error)
         return Different("refused" if refused else "loud", where, line(error))
 
-    def _untouched(self, where: str, states: dict[str, Any], before: dict[str, Any], net: nn.Module) -> None:
+    def _undrawn(self, where: str, states: dict[str, Any]) -> None:
         for name, state in random_states().items():
             if state != states[name]:
                 raise Different("wrong", f"{where}: random state", name)
+
+    def _untouched(self, where: str, states: dict[str, Any], before: dict[str, Any], net: nn.Module) -> None:
+        self._undrawn(where, states)
         if (what := changed(before, snapshot(net))) is not None:
             raise Different("wrong", f"{where}: the network that was given changes", what)
 
