@@ -133,7 +133,7 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             _refuse_torchscript("torch.jit.trace")
-        if x.dim() == 3 and all(part.bn is None for part in self.parts()):  # as nn.Conv2d, and not nn.BatchNorm2d
+        if x.dim() == 3 and self._takes_single_maps:
             return self.forward(x[None])[0]
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
@@ -141,6 +141,11 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
                 "(C, H, W) in a layer without BatchNorm"
             )
         return self._run(x)
+
+    @property
+    def _takes_single_maps(self) -> bool:
+        """As nn.Conv2d does, and nn.BatchNorm2d does not: so neither does what takes the place of both."""
+        return all(part.bn is None for part in self.parts())
 
     def _run(self, x: Tensor) -> Tensor:
         """The branches on a map ``(B, C, H, W)``."""

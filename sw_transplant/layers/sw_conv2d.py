@@ -79,6 +79,7 @@ class SWConv2d(OrderBuffers):
     NAMES: ClassVar[dict[str, str]] = {"paths": "paths", **{branch: f"bn_{branch}" for branch in BRANCHES}}
     """What the parts are called in the state_dict; a subclass may choose other names."""
 
+    _takes_single_maps = True
     recompute = "small"  # the identity branch: 2.3 instead of 3.1 times the input are kept in training
 
     gain: nn.Parameter | None

@@ -101,7 +101,9 @@ class _WholeMapConv(torch.autograd.Function):
         ctx.lattice = origin, out_size, stride
         matrix = toeplitz_matrix(weight, origin, (x.shape[2], x.shape[3]), out_size, stride)
         y = whole_map_product(x, matrix, None, out_size)
-        return y.clone() if len(y) < 2 else y  # a view made in here could not be written to; larger batches are copied
+        if torch.compiler.is_compiling() or len(y) >= 2:
+            return y
+        return y.clone()  # a view made in here could not be written to; larger batches are copied
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]

@@ -325,9 +325,6 @@ def test_gains_that_do_not_fit_are_refused():
         laid.with_edges(0)
     with pytest.raises(ValueError, match="not laid out"):
         laid.with_edges(2).with_edges(2)
-    same = Branch.from_kernel(BranchGeometry((7, 7), "same"), torch.randn(2, 1, 7, 7), 4)
-    with pytest.raises(NotImplementedError, match="padding 'same'"):
-        same.with_edges(2)
 
 
 # ---- back to plain convolutions -------------------------------------------------------------------------------------
