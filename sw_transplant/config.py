@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 CONFIG_VERSION = 1
@@ -59,6 +60,10 @@ class SWConfig:
     seed: int = 123
 
     def __post_init__(self) -> None:
+        for name in ("min_kernel", "tile", "edges", "paths", "seed"):  # NumPy's integers are integers, too
+            value = getattr(self, name)
+            if isinstance(value, Integral) and not isinstance(value, bool):
+                object.__setattr__(self, name, int(value))
         if self.mode not in get_args(Mode):
             raise ValueError(f"SWConfig.mode: got {self.mode!r}, expected one of {get_args(Mode)}")
         if self.form not in get_args(Form):

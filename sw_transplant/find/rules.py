@@ -116,6 +116,8 @@ def reason_against(module: nn.Module) -> str | None:
         return "it is a transposed convolution"
     if len(kernel_of(module)) != 2:
         return f"it is {len(kernel_of(module))}-dimensional (2-dimensional convolutions are supported)"
+    if module.in_channels == 1:
+        return "it has a single input channel, so that it is an ordinary convolution as much as a depthwise one"
     if not is_depthwise(module):
         return f"groups {module.groups} != in_channels {module.in_channels}: it is not depthwise"
     if not isinstance(module, nn.Conv2d):

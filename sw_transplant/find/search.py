@@ -53,6 +53,10 @@ def inspect_model(model: nn.Module, config: SWConfig | None = None, *, select: S
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, expected an nn.Module")
+    if config is not None and not isinstance(config, SWConfig):
+        raise ValueError(
+            f"config: got {type(config).__name__} {config!r:.60}, expected an SWConfig: SWConfig(tile=3), say"
+        )
     return _Search(model, config or SWConfig(), select).run()
 
 

@@ -26,6 +26,10 @@ def selector(paths: list[str], select: Select) -> Callable[[str, nn.Module], boo
         return lambda path, module: True
     if callable(select):
         return lambda path, module: bool(select(path, module))
+    if not isinstance(select, (str, Sequence)):
+        raise ValueError(
+            f"select: got {select!r:.60}, expected glob patterns of layer paths, or a function of path and module"
+        )
     patterns = [select] if isinstance(select, str) else list(select)
 
     def matches(path: str, pattern: str) -> bool:

@@ -57,9 +57,9 @@ def convert(
         >>> convert(model)[0].kernel_size
         (31, 31)
     """
-    config = config or SWConfig()
+    config = SWConfig() if config is None else config
     _refuse_wrappers(model)
-    inspection = inspect_model(model, config, select=select)
+    inspection = inspect_model(model, config, select=select)  # which refuses what is no configuration
     if not inplace and (reason := stays_with_original(model)):
         raise ValueError(reason)
     if not inspection.matches and not inspection.converted:

@@ -71,6 +71,11 @@ def load(base_model: nn.Module, folder: str | os.PathLike[str], *, inplace: bool
         ValueError: files that are absent, truncated or written by a newer version; a layer that ``base_model`` does not
             have; missing or unexpected weights, another shape or dtype. ``base_model`` is then left as it was.
     """
+    if any(isinstance(module, ShiftwiseConv2d) for module in base_model.modules()):
+        raise ValueError(
+            f"load: {type(base_model).__name__} is converted already, expected a model of the original architecture; "
+            "build one, or load the weights alone with load_state_dict"
+        )
     layers, weights = _read(base_model, Path(folder))
     target = base_model if inplace else copy_model(base_model)
     built = [(layer.match, rebuild(find_site(target, layer.match.path), layer, weights)) for layer in layers]

@@ -49,6 +49,8 @@ def merge(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         ValueError: there is no Shiftwise module in the model.
         NotImplementedError: a BatchNorm keeps no running statistics that could be folded.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"merge: got {type(model).__name__}, expected a model from convert(model)")
     target = model if inplace else copy_model(model)
     merged = {module: _plain(module) for module in target.modules() if isinstance(module, ShiftwiseConv2d)}
     if not merged:

@@ -254,7 +254,7 @@ REASONS = {
     "1-D": (lambda: nn.Conv1d(4, 4, 7, groups=4), "1-dimensional"),
     "3-D": (lambda: nn.Conv3d(4, 4, 7, groups=4), "3-dimensional"),
     "groups": (lambda: conv(groups=2), "groups 2 != in_channels 4"),
-    "one channel": (lambda: nn.Conv2d(1, 4, 7), "not depthwise"),
+    "one channel": (lambda: nn.Conv2d(1, 4, 7), "single input channel"),
     "transposed": (lambda: nn.ConvTranspose2d(4, 4, 7, groups=4), "transposed"),
     "own forward": (lambda: OwnForward(4, 4, 7, padding=3, groups=4), "OwnForward has a forward of its own"),
     "own conv forward": (lambda: OwnConvForward(4, 4, 7, groups=4), "forward of its own"),
