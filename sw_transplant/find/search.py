@@ -18,6 +18,7 @@ from sw_transplant.find.describe import channels_of, describe, stride_of
 from sw_transplant.find.linear import LinearBranch, NotLinearError, linear_branches
 from sw_transplant.find.match import Inspection, Match, Skipped, join_path
 from sw_transplant.find.notes import notes_on
+from sw_transplant.find.parameters import reason_against_parameters
 from sw_transplant.find.proof import difference
 from sw_transplant.find.rules import (
     conv_geometry,
@@ -290,7 +291,10 @@ class _Search:
         for parameter in module.parameters(recurse=False):
             if parameter in self.tied:
                 return f"its weights are tied: {' and '.join(self.tied[parameter])} are one parameter"
-        return None
+        if isinstance(module, _BatchNorm):  # which the replacement takes over as it is
+            return None
+        parameters = dict(module.named_parameters(recurse=False))
+        return reason_against_parameters(parameters, mode=self.config.mode, edges=self.config.edge_count)
 
 
 def _likeness(site: nn.Module, branches: list[LinearBranch]) -> Any:

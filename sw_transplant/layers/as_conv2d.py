@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from sw_transplant.forms import DenseKernel, add_kernels, dense_kernel, join_extents, join_kernels
 from sw_transplant.geometry import BranchGeometry, Extent, Size, enclose
-from sw_transplant.layers.branch import Branch, PlacedTiles, total
+from sw_transplant.layers.branch import Branch, PlacedTiles
 from sw_transplant.layers.computed import ComputedTensor, Source, computed
+from sw_transplant.layers.folding import total
 from sw_transplant.layers.parameters import drop_hooks, take_over
 from sw_transplant.ops.tracing import is_observed
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -14,6 +11,7 @@ from torch import Tensor, nn
 from sw_transplant.equivalence import assembly_index, grid_placements, lay_out, support
 from sw_transplant.forms import LiveTiles, Placed
 from sw_transplant.geometry import BranchGeometry, Extent, Size
+from sw_transplant.layers.folding import batch_norm_affine
 from sw_transplant.layers.layout import Layout
 from sw_transplant.layers.masks import MaskedTiles
 from sw_transplant.layers.parameters import take_attributes
@@ -338,20 +336,3 @@ def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a * b
-
-
-def batch_norm_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
-    """Eval-mode BatchNorm as y = scale * x + offset, ``(C,)`` each, in float32 or float64."""
-    mean, var = bn.running_mean, bn.running_var
-    dtype = torch.promote_types(mean.dtype, torch.float32)  # type: ignore[union-attr, arg-type]
-    scale = torch.rsqrt(var.to(dtype) + bn.eps)  # type: ignore[union-attr, operator]
-    if bn.weight is not None:
-        scale = scale * bn.weight.to(dtype)  # type: ignore[operator]
-    offset = -mean.to(dtype) * scale  # type: ignore[union-attr, operator]
-    return scale, offset if bn.bias is None else offset + bn.bias.to(dtype)  # type: ignore[operator]
-
-
-def total(biases: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-    """Sum of the biases that exist, rounded once to the dtype of the bank; None where none does."""
-    given = [bias for bias in biases if bias is not None]
-    return reduce(add, given).to(dtype) if given else None

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from sw_transplant.forms import LiveTiles, Placed
 from sw_transplant.geometry import BranchGeometry, Size
-from sw_transplant.layers.branch import PlacedTiles, batch_norm_affine
+from sw_transplant.layers.branch import PlacedTiles
+from sw_transplant.layers.folding import batch_norm_affine
 from sw_transplant.layers.masks import MaskedTiles
 
 

@@ -420,3 +420,12 @@ def test_reading_writes_to_nothing_and_draws_nothing() -> None:
     for name, tensor in model.state_dict(keep_vars=True).items():
         assert torch.equal(tensor, before[name][0]), name
         assert tensor._version == before[name][1], name
+
+
+def test_a_hook_that_nothing_else_can_have_is_one_reason_and_not_the_end_of_all() -> None:
+    model = nn.Sequential(conv(), nn.ReLU(), conv())
+    model[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    found = inspect_model(model)
+    assert paths(found) == ["2"]
+    assert "a hook that runs after gradients are accumulated" in found.skipped[0].reason
+    assert type(convert(model, inplace=True)[0]) is nn.Conv2d
