@@ -78,7 +78,7 @@ BATCHES = (2, 3, 15)  # from 16 on PyTorch's own convolutions get a second graph
 
 @pytest.mark.parametrize(
     ("form", "train"),
-    sample(product(FORMS, TRAIN), [("auto", True), ("shift", False), ("gemm", False), ("toeplitz", True)]),
+    sample(product(FORMS, TRAIN), [("auto", True), ("shift", False), ("toeplitz", True)]),
     ids=mode,
 )
 def test_one_graph_serves_every_batch(form: str, train: bool) -> None:
@@ -134,7 +134,7 @@ def test_another_map_size(form: str) -> None:
         assert_same(compiled, model, uncompiled, images(2, CHANNELS, size))
 
 
-@pytest.mark.parametrize("form", sample(FORMS, ["auto", "toeplitz"]))
+@pytest.mark.parametrize("form", sample(FORMS, ["gemm", "toeplitz"]))
 def test_changes_after_compiling_are_seen(form: str) -> None:
     """Compiled code reads the weights at each call, whatever the uncompiled model has cached by then."""
     model, x = layer("strips", form), images(2, CHANNELS)

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tests.runtime_models import (
     network,
     original,
 )
+from tests.sampling import sample
 
 BOUND = BOUNDS[torch.float32]
 EXACT = BOUNDS[torch.float64]
@@ -481,8 +483,10 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @torch.no_grad()
-@every_form
-@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize(
+    ("way", "form"),
+    sample(product(COPIES, FORMS), [*product(["deepcopy"], FORMS), ("pickle", "toeplitz"), ("torch.save", "auto")]),
+)
 def test_a_copy_has_weights_of_its_own(way: str, form: str) -> None:
     model, x = network(form), images(2)
     before = model(x)

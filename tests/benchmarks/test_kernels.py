@@ -126,6 +126,7 @@ def test_layers_are_chosen_by_what_their_names_begin_with(kernels) -> None:
         kernels.main(["--layers", "sw.17"])
 
 
+@pytest.mark.exhaustive
 def test_it_runs_as_a_command(tmp_path) -> None:
     file = tmp_path / "kernels.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), *TINY, "--dtypes", "fp32", "--forward-only"]

@@ -18,7 +18,7 @@ def training(load):
     return load("training")
 
 
-@pytest.mark.parametrize(("subject", "dtypes"), sample(SUBJECTS, SUBJECTS[:2]), ids=str)
+@pytest.mark.parametrize(("subject", "dtypes"), sample(SUBJECTS, SUBJECTS[:1]), ids=str)
 def test_blocks_and_networks(training, tmp_path, subject: str, dtypes: tuple[str, ...]) -> None:
     file = tmp_path / "training.json"
     rows = training.main([*TINY, "--subjects", subject, "--dtypes", *dtypes, "--json", str(file)])

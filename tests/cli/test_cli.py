@@ -590,6 +590,7 @@ def test_process_prints_json_alone(folder: Path) -> None:
     assert "this is no result" in err
 
 
+@pytest.mark.exhaustive
 def test_process_tells_bad_input(folder: Path) -> None:
     process = start("verify", "tiny_model:nothing", "--json")
     out, err = process.communicate(timeout=120)

@@ -1,5 +1,6 @@
 """Small versions of the registered networks."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,18 @@ SMALL = {
         "kernel_sizes": ((3,), (13,), (7, 5), (9,)),
     },
 }
+
+
+@pytest.fixture(scope="session")
+def full_size() -> Callable[[str], nn.Module]:
+    """The registered network of a name, on the meta device; built once, to be read only."""
+
+    @functools.cache
+    def build(name: str) -> nn.Module:
+        with torch.device("meta"):
+            return timm.create_model(name).eval()
+
+    return build
 
 
 @pytest.fixture(params=SMALL)

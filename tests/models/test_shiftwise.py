@@ -1,6 +1,7 @@
 """SW against the published networks: golden, names and shapes, counts; and as timm sees it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sw_transplant.models import ShiftWise, load_checkpoint
 
 # Millions of parameters and thousand millions of multiplications at 224 x 224 (the paper's "FLOPs").
 PUBLISHED = {"sw_tiny": (31.8, 5.0), "sw_small": (57.3, 9.4)}
+FullSize = Callable[[str], nn.Module]
 SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 20), "kernel_size": (13, 11, 9, 7, 3), "num_classes": 5}
 
 
@@ -76,21 +78,20 @@ def test_an_official_checkpoint_brings_back_its_orders(golden: tuple, tmp_path: 
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_names_and_shapes_are_the_published_ones(name: str, shared: Path) -> None:
+def test_names_and_shapes_are_the_published_ones(name: str, shared: Path, full_size: FullSize) -> None:
     official = json.loads((shared / "goldens" / "state_dict_keys.json").read_text())[name]
-    with torch.device("meta"):
-        state = timm.create_model(name).state_dict()
+    state = full_size(name).state_dict()
     # In order too: optimiser states of official checkpoints go by the order of the parameters.
     assert [(key, list(value.shape)) for key, value in state.items()] == list(official.items())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_counts_are_the_published_ones(name: str) -> None:
+def test_counts_are_the_published_ones(name: str, full_size: FullSize, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the paper counts: multiplications of the small convolutions, so in form shift; torch counts 2 for each."""
     parameters, multiplications = PUBLISHED[name]
-    with torch.device("meta"):
-        model = timm.create_model(name, form="shift").eval()
-        images = torch.zeros(1, 3, 224, 224)
+    model, images = full_size(name), torch.zeros(1, 3, 224, 224, device="meta")
+    for kernel in _large_kernels(model):
+        monkeypatch.setattr(kernel, "form", "shift")
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.05)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
@@ -98,18 +99,17 @@ def test_counts_are_the_published_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "millions"), [("sw_base", 100.3), ("sw_large", 221.8)])
-def test_the_larger_sizes(name: str, millions: float) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+def test_the_larger_sizes(name: str, millions: float, full_size: FullSize) -> None:
+    assert sum(parameter.numel() for parameter in full_size(name).parameters()) / 1e6 == pytest.approx(
+        millions, abs=0.05
+    )
 
 
-def test_every_entry_point_is_listed_and_described() -> None:
+def test_every_entry_point_is_listed_and_described(full_size: FullSize) -> None:
     names = ["sw_base", "sw_large", "sw_small", "sw_tiny"]
     assert sorted(timm.list_models(module="shiftwise")) == names
     for name in names:
-        with torch.device("meta"):
-            model = timm.create_model(name)
+        model = full_size(name)
         cfg = model.default_cfg
         assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv2d)
         assert model.get_submodule(cfg["classifier"]) is model.get_classifier()

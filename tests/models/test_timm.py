@@ -43,9 +43,8 @@ def test_import_without_timm_says_what_to_install() -> None:
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
-def test_default_cfg_describes_the_network(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
+def test_default_cfg_describes_the_network(name: str, full_size: Callable[[str], nn.Module]) -> None:
+    model = full_size(name)
     cfg = model.default_cfg
     first = model.get_submodule(cfg["first_conv"])
     assert isinstance(first, nn.Conv2d)

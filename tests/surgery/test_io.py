@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,15 +14,23 @@ from tests.small_models import conv, model_of_everything
 from tests.snapshots import assert_unchanged, snapshot
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted")
     torch.manual_seed(1)
     converted = convert(model_of_everything().eval(), SWConfig(form="shift"))
     with torch.no_grad():
         for parameter in converted.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))  # as after fine-tuning
-    save(converted, tmp_path / "folder")
-    return converted, tmp_path / "folder"
+    save(converted, folder)
+    return converted, folder
+
+
+@pytest.fixture
+def saved(written, tmp_path):
+    """A converted model, to be read only, and a folder of its own with what it was saved as."""
+    converted, folder = written
+    return converted, Path(shutil.copytree(folder, tmp_path / "folder"))
 
 
 def test_round_trip(saved):
