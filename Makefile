@@ -10,7 +10,8 @@ PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
-PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadgroup --durations=10 $(PYTEST_FLAGS)
+# A file of tests stays in one process, which then makes what they share once.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadscope --durations=10 $(PYTEST_FLAGS)
 SOURCES := sw_transplant tests examples benchmarks
 
 .DEFAULT_GOAL := help
