@@ -156,7 +156,7 @@ def test_train_learns(tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("script", ["convert_huggingface.py", "verify_slak.py"])
 def test_in_a_process_of_its_own(tmp_path: Path, script: str) -> None:
-    """The others of which that is tested train for a while."""
+    """The demo and the scripts that train have tests like this one of their own."""
     assert f"usage: {script}" in run(script, "--help", cwd=tmp_path)
 
 
