@@ -83,6 +83,13 @@ class AsConv2d:
         bottom, right = grown[0] + dh * (kh - 1) - top, grown[1] + dw * (kw - 1) - left
         return (top, left) if (top, left) == (bottom, right) else (top, bottom, left, right)
 
+    @padding.setter
+    def padding(self, value: Any) -> None:
+        raise AttributeError(
+            f"ShiftwiseConv2d.padding: cannot be set to {value!r}, it follows from where the tiles are placed; set it "
+            "before converting, or on what merge(model) gives"
+        )
+
     @property
     def pads_by_map(self) -> bool:
         """Whether the zeros around the map depend on its size (:data:`geometry.Padding`)."""

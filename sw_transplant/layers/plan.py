@@ -164,7 +164,7 @@ class Planner:
 
     def _kept_or_anew(self, layer: Layer, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Eager: the plan that is kept, where nothing that went into it has changed."""
-        kept, key = self._kept, _key(x)
+        kept, key = self._kept, (layer.stride, *_key(x))
         if kept is not None and kept.key == key and kept.watch.unchanged():
             return kept.serve(x)
         self.forget()
