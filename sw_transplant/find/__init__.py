@@ -14,7 +14,8 @@ Reading proposes, a proof disposes. Read in this order:
     specimen     private copies of a site, to be run
     proof        original and candidate side by side: what one does and the other does not
     notes        what in a model's own code may notice a conversion
-    closures     whether a copy of a model would go on using the original
+    reach        what can be come to from an attribute or a function
+    closures     who holds a part of a model beside its place in the tree; what a copy shares with its original
     select       which layers are meant
     describe     from what reading found to a match
     shared       what mode "shiftwise" asks of a layer

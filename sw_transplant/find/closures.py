@@ -1,103 +1,77 @@
-"""Who else has got hold of a part of a model: functions, which copies share, and attributes that are no submodules.
+"""Who else has got hold of a part of a model: attributes that are no submodules, functions, and what copies share.
 
 ``copy.deepcopy`` copies attributes, but a function stays the same function. One that was put on an instance and has
 got hold of a layer, as in ``model.forward = lambda x: head(body(x))``, goes on calling the original's layers: to
-convert a copy would change nothing, in silence. Bound methods and partials are copied with what they are bound to.
+convert a copy would change nothing, in silence. The same goes for attributes of classes, for weak references, and for
+whatever says by itself how it is copied.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from types import FunctionType, MethodType
-from typing import Any
+from collections.abc import Hashable, Iterator
 
+import torch
 from torch import Tensor, nn
 
-_REGISTERED = frozenset({"_modules", "_parameters", "_buffers"})
-_DEEPEST = 4
-"""So many containers within each other are looked into."""
+from sw_transplant.find.code import functions_of
+from sw_transplant.find.reach import holdings, reach
 
 
-def held_beside(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Modules and tensors that attributes of a model's modules hold, beside those that are registered there.
+def held_beside(model: nn.Module) -> dict[Hashable, list[tuple[nn.Module, str]]]:
+    """Modules and tensors that a model's modules hold, beside those that are registered there.
 
     Who is held in a list, or bound to a method or a function that is kept, is used without the model's knowing: a
     replacement in its place would not be.
 
     Returns:
-        By ``id``: the modules with such an attribute, and its name, such as ``"blocks.0.held"``. Hooks count as well.
+        By :func:`identity`: the modules that hold it so, and where, such as ``"blocks.0.held"``. Hooks count as well.
     """
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if name not in _REGISTERED and not isinstance(value, (int, float, str, bool, type(None))):
-                for held in _references(value):
-                    if isinstance(held, (nn.Module, Tensor)) and held is not module:
-                        found.setdefault(id(held), []).append((module, f"{path or 'model'}.{name}"))
+    found: dict[Hashable, list[tuple[nn.Module, str]]] = {}
+    for holder, place, value in _held(model, set(model.modules())):
+        if value is not holder:
+            found.setdefault(identity(value), []).append((holder, place))
     return found
 
 
-def _references(value: Any, depth: int = _DEEPEST) -> Iterator[Any]:
-    """What can be come to from a value through containers, methods, partials and functions."""
-    yield value
-    if depth == 0:
-        return
-    inner: list[Any] = []
-    if isinstance(value, (list, tuple, set, frozenset)):
-        inner = list(value)
-    elif isinstance(value, dict):
-        inner = list(value.values())
-    elif isinstance(value, functools.partial):
-        inner = [value.func, *value.args, *value.keywords.values()]
-    elif isinstance(value, MethodType):
-        inner = [value.__self__, value.__func__]
-    elif isinstance(value, FunctionType):
-        inner = list(_kept_by_copies(value))
-    for each in inner:
-        yield from _references(each, depth - 1)
-
-
-def stays_with_original(model: nn.Module) -> str | None:
-    """What a copy of the model would take over from the model itself, as a reason not to convert a copy; or None.
+def stays_with_original(model: nn.Module, original: nn.Module) -> str | None:
+    """What a copy has in common with the model that it is a copy of, as a reason not to convert the copy; or None.
 
     Args:
-        model: any module; it is neither run nor changed. Functions among the attributes of its modules are looked at.
+        model: the copy. It is neither run nor changed.
+        original: what it was copied from.
     """
-    names = {id(module): f"layer {path!r}" if path else "the model" for path, module in model.named_modules()}
-    names |= {id(parameter): f"parameter {path!r}" for path, parameter in model.named_parameters()}
+    modules = {module: f"layer {path!r}" if path else "the model" for path, module in original.named_modules()}
+    names: dict[Hashable, str] = {identity(module): name for module, name in modules.items()}
+    names |= {identity(parameter): f"parameter {path!r}" for path, parameter in original.named_parameters()}
     for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            for held in _kept_by_copies(value):
-                if id(held) in names:
-                    what = f"{path or 'model'}.{name} is a function that holds {names[id(held)]} of this very model"
-                    return f"{what}: a copy would go on calling it; convert with inplace=True"
+        if module in modules:
+            return _common(f"{path or 'the model'} says by itself how it is copied, and stays", modules[module])
+    for _, place, value in _held(model, {*modules, *model.modules()}):
+        if (name := names.get(identity(value))) is not None:
+            return _common(f"{place} holds", name)
     return None
 
 
-def _kept_by_copies(value: Any) -> Iterator[Any]:
-    """What the functions in a value have got hold of: closures, defaults, and global variables that they mention."""
-    waiting, seen = [value], set()
-    while waiting:
-        function = waiting.pop()
-        function = function.__func__ if isinstance(function, MethodType) else function
-        function = function.func if isinstance(function, functools.partial) else function
-        if not isinstance(function, FunctionType) or function in seen:
-            continue
-        seen.add(function)
-        cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-        named = [function.__globals__.get(name) for name in function.__code__.co_names]
-        for held in (*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *named):
-            parts = [*held] if isinstance(held, (list, tuple)) else [held]
-            parts = [*held.values()] if isinstance(held, dict) else parts
-            for part in parts:
-                yield part
-                yield getattr(part, "__self__", None)
-                waiting.append(part)
-
-
-def _is_filled(cell: Any) -> bool:
+def identity(value: nn.Module | Tensor) -> Hashable:
+    """Equal for one and the same module, and for tensors of the same memory, as ``weight`` and ``weight.data``."""
+    if isinstance(value, nn.Module):
+        return id(value)
     try:
-        return cell.cell_contents is not None
-    except ValueError:  # not assigned yet
-        return False
+        return value.untyped_storage()._cdata, value.storage_offset()
+    except (RuntimeError, NotImplementedError):  # lazy, sparse, or of a class that has no storage
+        return id(value)
+
+
+def _held(model: nn.Module, known: set[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module | Tensor]]:
+    """Who holds which module or tensor, and where; known modules are not looked into."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # whose code is none of Python's
+            continue
+        for name, value in holdings(module, functions_of(module)):
+            for held in reach(value, lambda each: isinstance(each, nn.Module) and each in known):
+                if isinstance(held, (nn.Module, Tensor)):
+                    yield module, f"{path or 'model'}.{name}", held
+
+
+def _common(what: str, name: str) -> str:
+    return f"{what} {name} of the model that is copied: a copy would go on using it; convert with inplace=True"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dis
 import functools
-import inspect
 from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -99,21 +98,44 @@ def _names_of_class(kind: type[nn.Module]) -> tuple[frozenset[str], frozenset[st
 def _names_of(kind: type[nn.Module], more: Sequence[Any]) -> tuple[frozenset[str], frozenset[str]]:
     names: set[str] = set()
     operations: set[str] = set()
+    for function in _functions(kind, more):
+        for code in _nested(function.__code__):
+            names |= _names_in(code)
+            operations.update(instruction.opname for instruction in dis.get_instructions(code))
+    return frozenset(names), frozenset(operations)
+
+
+def functions_of(module: nn.Module) -> tuple[FunctionType, ...]:
+    """The functions that a module's forward may run, judged by their names, with those that are wrapped around them."""
+    return _functions_of_class(type(module))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _functions_of_class(kind: type[nn.Module]) -> tuple[FunctionType, ...]:
+    return tuple(each for wrapped in _wrapped_functions(kind, []) for each in wrapped)
+
+
+def _functions(kind: type[nn.Module], more: Sequence[Any]) -> Iterator[FunctionType]:
+    return (wrapped[-1] for wrapped in _wrapped_functions(kind, more))
+
+
+def _wrapped_functions(kind: type[nn.Module], more: Sequence[Any]) -> Iterator[list[FunctionType]]:
+    """Functions that the entries mention, without PyTorch's own: each as the outermost wrapper, what it wraps, ..."""
     waiting, seen = [*more, *(getattr(kind, name) for name in _ENTRIES)], set()
     while waiting:
-        function = _plain(waiting.pop())
+        wrapped = _unwrapped(waiting.pop())
+        function = wrapped[-1] if wrapped else None
         if function is None or function.__code__ in seen or function.__module__.partition(".")[0] == "torch":
             continue
         seen.add(function.__code__)
-        used: set[str] = set()
-        for code in _nested(function.__code__):
-            used.update(code.co_names)
-            used.update(constant for constant in code.co_consts if isinstance(constant, str))
-            operations.update(instruction.opname for instruction in dis.get_instructions(code))
-        names |= used
+        yield wrapped
+        used = frozenset().union(*map(_names_in, _nested(function.__code__)))
         waiting += [found for name in used for each in kind.__mro__ if (found := vars(each).get(name)) is not None]
         waiting += [function.__globals__[name] for name in used & function.__globals__.keys()]
-    return frozenset(names), frozenset(operations)
+
+
+def _names_in(code: CodeType) -> frozenset[str]:
+    return frozenset(code.co_names).union(constant for constant in code.co_consts if isinstance(constant, str))
 
 
 def whole_numbers(module: nn.Module) -> set[int]:
@@ -128,7 +150,16 @@ def whole_numbers(module: nn.Module) -> set[int]:
 
 def _plain(value: Any) -> FunctionType | None:
     """The function behind a method, a property, a decorator or a partial; None where there is none in Python."""
-    while True:
+    wrapped = _unwrapped(value)
+    return wrapped[-1] if wrapped else None
+
+
+def _unwrapped(value: Any) -> list[FunctionType]:
+    """The functions behind a value, from the outermost to the innermost."""
+    found: list[FunctionType] = []
+    while value is not None and value not in found:
+        if isinstance(value, FunctionType):
+            found.append(value)
         if isinstance(value, (staticmethod, classmethod, MethodType)):
             value = value.__func__
         elif isinstance(value, property):
@@ -136,9 +167,8 @@ def _plain(value: Any) -> FunctionType | None:
         elif isinstance(value, functools.partial):
             value = value.func
         else:
-            break
-    value = inspect.unwrap(value) if callable(value) and hasattr(value, "__wrapped__") else value
-    return value if isinstance(value, FunctionType) else None
+            value = getattr(value, "__wrapped__", None) if callable(value) else None
+    return found
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

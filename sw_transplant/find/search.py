@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from sw_transplant.config import SWConfig
-from sw_transplant.find.closures import held_beside
+from sw_transplant.find.closures import held_beside, identity
 from sw_transplant.find.code import reached, switches
 from sw_transplant.find.describe import channels_of, describe, stride_of
 from sw_transplant.find.linear import LinearBranch, NotLinearError, linear_branches
@@ -285,8 +285,11 @@ class _Search:
         return None
 
     def _in_use_elsewhere(self, module: nn.Module, site: set[nn.Module]) -> str | None:
-        for what, each in (("it", module), *module.named_parameters(recurse=False)):
-            if place := next((place for holder, place in self.held.get(id(each), ()) if holder not in site), ""):
+        parts: list[tuple[str, nn.Module | Tensor]] = [("it", module), *module.named_parameters(recurse=False)]
+        for what, each in parts:
+            held = self.held.get(identity(each), ())
+            # A replacement keeps the hooks, and nothing else of what the site's own parts hold.
+            if place := next((place for holder, place in held if holder not in site or place.endswith("_hooks")), ""):
                 return f"{place} holds {what}, too, and would go on using it"
         for parameter in module.parameters(recurse=False):
             if parameter in self.tied:

@@ -60,14 +60,14 @@ def convert(
     config = SWConfig() if config is None else config
     _refuse_wrappers(model)
     inspection = inspect_model(model, config, select=select)  # which refuses what is no configuration
-    if not inplace and (reason := stays_with_original(model)):
-        raise ValueError(reason)
     if not inspection.matches and not inspection.converted:
         raise NoLargeKernelError(_nothing_found(inspection, config))
     hosts = hosts_of(model)
     for host in hosts:
         host.check(model)
     target = model if inplace else _copy(model)
+    if not inplace and (reason := stays_with_original(target, model)):
+        raise ValueError(reason)
     built = [(match, _build_for(find_site(target, match.path), match, config)) for match in inspection.matches]
     converted = put(target, built)
     for host in hosts:
