@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,51 @@ MESSAGES: dict[str, tuple[Callable[[nn.Module, Path], Any], str]] = {
         r"is converted already, expected a model of",
     ),
 }
+
+
+DAMAGE = {
+    "stride": ("1", r"layer '0': stride: got \('1',\), expected two integers of at least 1"),
+    "in_channels": ("4", r"layer '0': in_channels: got '4', expected an integer of at least 1"),
+    "tile": (2.5, r"layer '0': branch: tile: got 2.5, expected an integer of at least 1"),
+    "weight": (3, r"layer '0': branch: weight: got 3, expected the name of a part, or null"),
+    "dilation": ("x", r"BranchGeometry.dilation: got \('x',\), expected two integers"),
+    "kernel_size": (["a", 3], "not the description of a converted layer"),
+}
+
+
+@pytest.mark.parametrize("field", DAMAGE)
+def test_a_description_that_says_something_else(field: str, tmp_path: Path) -> None:
+    value, message = DAMAGE[field]
+
+    def replaced(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: value if name == field else replaced(each) for name, each in part.items()}
+        return [replaced(each) for each in part] if isinstance(part, list) else part
+
+    model = nn.Sequential(conv(), nn.ReLU())
+    save(convert(model), tmp_path)
+    path = tmp_path / "sw_config.json"
+    path.write_text(json.dumps(replaced(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=message):
+        load(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("kernel_size", (3, 3)), ("dilation", 2), ("padding", 0), ("groups", 1), ("padding_mode", "reflect")],
+)
+def test_settings_that_a_layer_cannot_follow(name: str, value: Any) -> None:
+    layer = convert(nn.Sequential(conv()))[0]
+    with pytest.raises(AttributeError, match=f"{name}: cannot be set to .* set it before converting"):
+        setattr(layer, name, value)
+    setattr(layer, name, getattr(layer, name))
+
+
+def test_a_kernel_of_another_size_is_the_only_complaint() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        convert(nn.Sequential(conv())).load_state_dict(nn.Sequential(conv(size=9)).state_dict())
+    assert "size mismatch for 0.weight" in str(caught.value)
+    assert "Missing" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", MESSAGES)

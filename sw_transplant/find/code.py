@@ -78,8 +78,10 @@ def _class_names(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset(name for name in names if not name.startswith("__"))
 
 
-# What convolutions of PyTorch hold for themselves is of no interest to others either.
-_OFFERED = frozenset(dir(ShiftwiseConv2d)) | {"in_channels", "out_channels", "groups", "weight", "bias", "forward"}
+# What a convolution of PyTorch offers as well: other names of the replacement mean other things.
+_OFFERED = frozenset({"in_channels", "out_channels", "groups", "stride", *dir(ShiftwiseConv2d)}).intersection(
+    dir(nn.Conv2d(1, 1, 1, device="meta"))
+)
 
 
 def _mentioned(module: nn.Module) -> tuple[frozenset[str], frozenset[str]]:

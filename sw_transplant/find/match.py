@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sw_transplant.geometry import BranchGeometry, Size
@@ -84,9 +85,43 @@ class Match:
                 SourceBranch(**{**branch, "geometry": _geometry(branch["geometry"])}) for branch in values["branches"]
             )
             stride, aliases = tuple(values["stride"]), tuple(values["aliases"])
-            return cls(**{**values, "branches": branches, "stride": stride, "aliases": aliases})
+            match = cls(**{**values, "branches": branches, "stride": stride, "aliases": aliases})
         except (KeyError, TypeError) as error:
             raise ValueError(f"layer {values!r:.80}: not the description of a converted layer ({error})") from error
+        match._check()
+        return match
+
+    def _check(self) -> None:
+        """Raises ValueError for a field of another kind than it should be: a file may say anything."""
+        parts: list[Match | SourceBranch] = [self, *self.branches]
+        for part in parts:
+            where = f"layer {self.path!r}" + (": branch" if part is not self else "")
+            for field in fields(part):
+                value = getattr(part, field.name)
+                if (expected := _KINDS.get(field.name)) and not expected[1](value):
+                    raise ValueError(f"{where}: {field.name}: got {value!r}, expected {expected[0]}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_name(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("path", "type_name"), ("a string", _is_text)),
+    **dict.fromkeys(("weight", "bias", "bn"), ("the name of a part, or null", _is_name)),
+    **dict.fromkeys(("in_channels", "out_channels", "edges", "tile"), ("an integer of at least 1", _is_count)),
+    "aliases": ("a list of strings", lambda value: all(map(_is_text, value))),
+    "stride": ("two integers of at least 1", lambda value: len(value) == 2 and all(map(_is_count, value))),
+}
+"""What the fields of a match and of its branches are, in words, and whether a value is."""
 
 
 def _geometry(values: dict[str, Any]) -> BranchGeometry:

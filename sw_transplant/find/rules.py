@@ -159,11 +159,13 @@ def conv_geometry(module: nn.Conv2d) -> BranchGeometry:
 
 
 def static_padding(padding: int | str | tuple[int, ...], kernel: Size, dilation: Size) -> Padding:
-    """PyTorch's padding argument (a number, a pair, ``"same"``, ``"valid"``) as ``(top, bottom, left, right)``."""
+    """A padding argument as ``(top, bottom, left, right)``: a number, a pair, four sides, ``"same"``, ``"valid"``."""
     if padding == "valid":
         return (0, 0, 0, 0)
     if padding == "same":  # PyTorch allows it for stride 1 only, where it does not depend on the map
         return BranchGeometry(kernel, "same", dilation).resolve((1, 1), (1, 1))
+    if not isinstance(padding, int) and len(padding) == 4:
+        return tuple(padding)  # type: ignore[return-value]
     vertical, horizontal = (padding, padding) if isinstance(padding, int) else (padding[0], padding[-1])  # type: ignore[index]
     return (vertical, vertical, horizontal, horizontal)  # type: ignore[return-value]
 

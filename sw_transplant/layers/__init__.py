@@ -3,6 +3,7 @@
 Read in this order:
 
     folding             BatchNorms in eval mode as numbers
+    placed_tiles        what a branch is to the forms
     branch              one bank of tiles, its placements, and what follows the shift
     tables              the integers that say where tiles go
     masks               which tiles of a bank are in use

@@ -11,11 +11,17 @@ from torch import Tensor, nn
 
 from sw_transplant.forms import DenseKernel, add_kernels, dense_kernel, join_extents, join_kernels
 from sw_transplant.geometry import BranchGeometry, Extent, Size, enclose
-from sw_transplant.layers.branch import Branch, PlacedTiles
+from sw_transplant.layers.branch import Branch
 from sw_transplant.layers.computed import ComputedTensor, Source, computed
 from sw_transplant.layers.folding import total
 from sw_transplant.layers.parameters import drop_hooks, take_over
+from sw_transplant.layers.placed_tiles import PlacedTiles
 from sw_transplant.ops.tracing import is_observed
+
+_FIXED = frozenset(
+    {"kernel_size", "dilation", "padding", "padding_mode", "groups", "in_channels", "out_channels", "transposed"}
+)
+"""Settings of a convolution that a layer cannot follow when somebody changes them."""
 
 
 class AsConv2d:
@@ -82,13 +88,6 @@ class AsConv2d:
         (top, left), (kh, kw), (dh, dw) = whole.origin, whole.kernel_size, whole.dilation
         bottom, right = grown[0] + dh * (kh - 1) - top, grown[1] + dw * (kw - 1) - left
         return (top, left) if (top, left) == (bottom, right) else (top, bottom, left, right)
-
-    @padding.setter
-    def padding(self, value: Any) -> None:
-        raise AttributeError(
-            f"ShiftwiseConv2d.padding: cannot be set to {value!r}, it follows from where the tiles are placed; set it "
-            "before converting, or on what merge(model) gives"
-        )
 
     @property
     def pads_by_map(self) -> bool:
@@ -236,7 +235,13 @@ class AsConv2d:
             raise ValueError(f"{type(self).__name__}.{what}: got {shape}, expected a tensor of shape {expected}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "bias"):  # properties, which nn.Module would not look for
+        if name in _FIXED and "_planner" in self.__dict__:
+            if value != getattr(self, name):
+                raise AttributeError(
+                    f"{type(self).__name__}.{name}: cannot be set to {value!r}, it follows from how the tiles are "
+                    "placed; set it before converting, or on what merge(model) gives"
+                )
+        elif name in ("weight", "bias"):  # properties, which nn.Module would not look for
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

@@ -9,89 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sw_transplant.equivalence import assembly_index, grid_placements, lay_out, support
-from sw_transplant.forms import LiveTiles, Placed
-from sw_transplant.geometry import BranchGeometry, Extent, Size
+from sw_transplant.forms import Placed
+from sw_transplant.geometry import BranchGeometry, Size
 from sw_transplant.layers.folding import batch_norm_affine
 from sw_transplant.layers.layout import Layout
 from sw_transplant.layers.masks import MaskedTiles
 from sw_transplant.layers.parameters import take_attributes
+from sw_transplant.layers.placed_tiles import PlacedTiles
 from sw_transplant.layers.tables import Tables
 from sw_transplant.ops.depthwise import is_channels_last
-
-
-class PlacedTiles:
-    """What every branch is to the forms: where its tiles go, and what follows the shift.
-
-    Attributes:
-        geometry: the kernel that the tiles make.
-        bank: ``(C_out, T, n, n)``.
-        placements: ``(G, P, 3)`` int32, G = 1 or C_out; with a gain, edge e has the e-th of E equal shares of the rows.
-        index: the assembly index of each edge that has a gain of its own, :func:`edge_indices`; else of all rows.
-        bias: ``(C_out,)`` added before the BatchNorm, or None.
-        bn: a BatchNorm over C_out channels, or None.
-        gain: ``(E,)`` or ``(E, C_out)``, what each edge is multiplied with, or None.
-    """
-
-    geometry: BranchGeometry
-    bank: Tensor
-    placements: Tensor
-    bias: Tensor | None
-    bn: nn.Module | None
-    gain: Tensor | None
-
-    @property
-    def rows(self) -> Tensor:
-        """The placements, on the device of the bank."""
-        return self.placements
-
-    @property
-    def index(self) -> Tensor:
-        """The assembly index, on the device of the bank."""
-        raise NotImplementedError
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the branch passes the map on as it is."""
-        raise NotImplementedError
-
-    @property
-    def folds(self) -> bool:
-        """Whether the branch is linear as it stands: no BatchNorm, or one that uses its running statistics."""
-        return self.bn is None or (not self.bn.training and getattr(self.bn, "running_mean", None) is not None)
-
-    def placed(self, origin: Size, *, fold: bool) -> list[Placed]:
-        """The branch as tensors, to be added up; ``fold`` multiplies the BatchNorm's scale in, in float32 at least."""
-        raise NotImplementedError
-
-    def _place(
-        self, bank: Tensor, origin: Size, scale: Tensor | None, live: LiveTiles | None, *, scaled: bool
-    ) -> list[Placed]:
-        """One entry, or with a gain one for each edge; all hold the same bank. ``scaled``: a BatchNorm is folded in."""
-        extent = Extent(self.geometry.kernel_size, origin, self.geometry.dilation)
-        gains = [None] if self.gain is None else [gain.reshape(-1) for gain in self.gain]
-        rows = self.rows.chunk(len(gains), dim=1)
-        return [
-            Placed(bank, table, index, extent, _product(scale, gain), live, self.is_identity and not scaled)
-            for table, index, gain in zip(rows, self.index, gains, strict=True)
-        ]
-
-    @property
-    def trained(self) -> tuple[bool, bool]:
-        """Whether anything that the kernel is made of, BatchNorm folded, requires gradients, and that of the bias."""
-        norm, offset = (False, False) if self.bn is None else map(_requires_grad, (self.bn.weight, self.bn.bias))
-        bank, gain, bias = map(_requires_grad, (self.bank, self.gain, self.bias))
-        return bank or gain or norm, bias or norm or offset
-
-    def reason_against_setting(self) -> str | None:
-        """Why the branch cannot be made any given kernel; None where it can."""
-        return "its tiles are shared, and placed by several edges"
-
-    def folded_bias(self) -> Tensor | None:
-        """What the branch adds to every position, ``(C_out,)``: its bias through its BatchNorm; None for nothing."""
-        if self.bn is None:
-            return self.bias
-        scale, offset = batch_norm_affine(self.bn)
-        return offset if self.bias is None else offset + self.bias.to(scale.dtype) * scale
 
 
 class Branch(PlacedTiles, MaskedTiles, nn.Module):
@@ -172,9 +98,34 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         return self._table("support")
 
     def _apply(self, *args: Any, **kwargs: Any) -> Branch:
+        had_values = not self.bank.is_meta
         super()._apply(*args, **kwargs)
         self._tables = self._tables.only_on(self.bank.device)
+        if not had_values and not self.bank.is_meta:
+            self._fill_constants()
         return self
+
+    @torch.no_grad()
+    def _fill_constants(self) -> None:
+        """Gives buffers their values that have got memory but no values, by ``to_empty``."""
+        self.placements.copy_(self.rows)
+        if self.is_identity:
+            self.bank.copy_(_identity_tiles(self.bank.shape[0], self.bank.shape[2], self.bank))
+
+    def reset_parameters(self) -> None:
+        """Draws kernel and bias as nn.Conv2d does, with the same random numbers; gains are 1, 0, 0, ..."""
+        if self.is_identity:
+            return
+        kernel = self.bank.new_empty(self.bank.shape[0], 1, *self.geometry.kernel_size)
+        like_conv = nn.Conv2d(1, 1, 1, bias=self.bias is not None, device="meta")
+        like_conv.weight = nn.Parameter(kernel)
+        if self.bias is not None:
+            like_conv.bias = nn.Parameter(self.bias.detach())  # the same memory
+        like_conv.reset_parameters()
+        with torch.no_grad():
+            self.bank.copy_(self.layout.to_bank(kernel))
+            if self.gain is not None:
+                self.gain.zero_()[0] = 1
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -215,8 +166,7 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
     @classmethod
     def identity(cls, channels: int, tile: int, like: Tensor, bn: nn.Module | None = None) -> Branch:
         """The map itself (a 1 x 1 kernel of ones that is not trained), optionally through a BatchNorm."""
-        ones = torch.ones(channels, 1, 1, 1, dtype=like.dtype, device=like.device)
-        bank, _ = lay_out(ones, tile)
+        bank = _identity_tiles(channels, tile, like)
         return cls(BranchGeometry((1, 1), (0, 0, 0, 0)), bank, grid_placements((1, 1), tile), None, bn)
 
     def with_edges(self, edges: int, *, per_channel: bool = False, seed: int = 0) -> Branch:
@@ -241,8 +191,7 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         grid = self._grid  # (T, 3)
         if edges < 1:
             raise ValueError(f"Branch.with_edges: edges {edges}, expected at least 1")
-        moved = not self.placements.is_meta and not torch.equal(self.placements.cpu(), grid[None])
-        if self.is_identity or self.gain is not None or moved:
+        if self.is_identity or self.gain is not None or self._is_moved:
             raise ValueError("Branch.with_edges: the branch is not laid out; expected one of Branch.from_kernel(...)")
         generator = torch.Generator().manual_seed(seed)
         shuffled = torch.rand(edges - 1, channels, tiles, generator=generator, device="cpu").argsort(-1)
@@ -278,13 +227,18 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
             return "several edges place its tiles"
         if self.mask is not None:
             return "a mask leaves tiles out"
-        if not self.placements.is_meta and not torch.equal(self.placements.cpu(), self._grid[None]):
+        if self._is_moved:
             return "its tiles are not placed side by side"
         return None
 
     @property
     def _grid(self) -> Tensor:
         return grid_placements(self.geometry.kernel_size, self.bank.shape[2])
+
+    @property
+    def _is_moved(self) -> bool:
+        rows = self._tables.on(torch.device("cpu"))["placements"]
+        return not torch.equal(rows, self._grid[None])  # type: ignore[arg-type]
 
     @property
     def tile_count(self) -> tuple[int, int]:
@@ -328,11 +282,6 @@ def edge_indices(placements: Tensor, edges: int, tiles: int, tile: int, kernel_s
     return torch.stack([F.pad(part, (0, 0, 0, depth - part.shape[1]), value=none) for part in parts])
 
 
-def _requires_grad(tensor: Any) -> bool:
-    return tensor is not None and tensor.requires_grad
-
-
-def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a * b
+def _identity_tiles(channels: int, tile: int, like: Tensor) -> Tensor:
+    tiles, _ = lay_out(torch.ones(channels, 1, 1, 1, dtype=like.dtype, device=like.device), tile)
+    return tiles

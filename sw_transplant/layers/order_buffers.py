@@ -112,9 +112,21 @@ class OrderBuffers(ShiftwiseConv2d):
         return self._table("ghosts")
 
     def _apply(self, *args: Any, **kwargs: Any) -> OrderBuffers:
+        had_values = not self._like.is_meta
         super()._apply(*args, **kwargs)
         self._tables = self._tables.only_on(self._like.device)
+        if not had_values and not self._like.is_meta:
+            self._fill_constants()
         return self
+
+    @torch.no_grad()
+    def _fill_constants(self) -> None:
+        """Gives buffers their values that have got memory but no values, by ``to_empty``."""
+        known = {name: self._table(name) for name in (*BRANCHES, "active") if name in self._buffers}
+        for name, values in known.items():
+            getattr(self, name).copy_(values)
+        if not self.merged:
+            self._follow(known)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -29,8 +29,8 @@ from sw_transplant.forms.dispatch import (
     matmul_is_coarser,
 )
 from sw_transplant.geometry import Extent, Padding, Size
-from sw_transplant.layers.branch import PlacedTiles
 from sw_transplant.layers.folding import total
+from sw_transplant.layers.placed_tiles import PlacedTiles
 from sw_transplant.layers.recompute import Recompute, computed_twice, normalise
 from sw_transplant.layers.watch import Watch
 from sw_transplant.ops.depthwise import is_channels_last, layout_of, runs_as_it_is

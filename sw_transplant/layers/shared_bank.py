@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from sw_transplant.forms import LiveTiles, Placed
 from sw_transplant.geometry import BranchGeometry, Size
-from sw_transplant.layers.branch import PlacedTiles
 from sw_transplant.layers.folding import batch_norm_affine
 from sw_transplant.layers.masks import MaskedTiles
+from sw_transplant.layers.placed_tiles import PlacedTiles
 
 
 class TilePath(MaskedTiles, nn.Module):

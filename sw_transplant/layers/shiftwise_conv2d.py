@@ -165,6 +165,14 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
                 branch.rederive()
         self.clear_cache()
 
+    def reset_parameters(self) -> None:
+        """Initialises the layer anew: every kernel and bias as nn.Conv2d does, every BatchNorm as it does itself."""
+        for branch in self.parts():
+            branch.reset_parameters()  # type: ignore[attr-defined]
+            if branch.bn is not None:
+                branch.bn.reset_parameters()  # type: ignore[operator]
+        self.clear_cache()
+
     def train(self, mode: bool = True) -> ShiftwiseConv2d:
         self.clear_cache()
         return super().train(mode)

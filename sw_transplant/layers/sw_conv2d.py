@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from sw_transplant.forms import DenseKernel, LiveTiles
 from sw_transplant.geometry import BranchGeometry, Extent, Size
-from sw_transplant.layers.branch import PlacedTiles
 from sw_transplant.layers.ghosts import place_channels
 from sw_transplant.layers.masks import LiveMemo
 from sw_transplant.layers.order_buffers import OrderBuffers
@@ -28,6 +27,7 @@ from sw_transplant.layers.orders import (
     PUBLISHED_SEED,
     strip_geometries,
 )
+from sw_transplant.layers.placed_tiles import PlacedTiles
 from sw_transplant.layers.shared_bank import BranchView, TilePath
 from sw_transplant.ops.depthwise import layout_of
 

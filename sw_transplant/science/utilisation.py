@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sw_transplant.geometry import Size
-from sw_transplant.layers.branch import PlacedTiles
+from sw_transplant.layers.placed_tiles import PlacedTiles
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 
 

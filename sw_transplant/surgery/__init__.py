@@ -2,6 +2,7 @@
 
 Read in this order:
 
+    copies        the model itself, or a copy that shares nothing with it
     convert       from matches to modules in the original tree: everything, or nothing
     sharing       the bank whose placements come closest to given kernels
     origin        what a layer took the place of, and weights that have its names

@@ -8,14 +8,13 @@ from torch import nn
 
 from sw_transplant.config import SWConfig
 from sw_transplant.find.candidate import build, check_parameters, find_site
-from sw_transplant.find.closures import stays_with_original
 from sw_transplant.find.keep import keep_attributes
 from sw_transplant.find.match import Inspection, Match, NoLargeKernelError
 from sw_transplant.find.search import inspect_model
 from sw_transplant.find.select import Select
-from sw_transplant.layers.parameters import copy_model
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.approximate import build_shared
+from sw_transplant.surgery.copies import operand
 from sw_transplant.surgery.hosts import hosts_of
 from sw_transplant.surgery.origin import remember
 
@@ -65,9 +64,7 @@ def convert(
     hosts = hosts_of(model)
     for host in hosts:
         host.check(model)
-    target = model if inplace else _copy(model)
-    if not inplace and (reason := stays_with_original(target, model)):
-        raise ValueError(reason)
+    target = operand(model, inplace=inplace)
     built = [(match, _build_for(find_site(target, match.path), match, config)) for match in inspection.matches]
     converted = put(target, built)
     for host in hosts:
@@ -131,16 +128,6 @@ def _refuse_wrappers(model: nn.Module) -> None:
             raise ValueError(
                 f"{path or 'model'}: it is wrapped by {wrapper}, expected a plain model; convert first, then wrap it"
             )
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy_model(model)
-    except Exception as error:
-        raise ValueError(
-            f"model: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
-            "convert it in place with inplace=True"
-        ) from error
 
 
 def _nothing_found(inspection: Inspection, config: SWConfig) -> str:

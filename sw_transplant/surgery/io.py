@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sw_transplant.config import CONFIG_VERSION
 from sw_transplant.find.candidate import find_site
 from sw_transplant.find.match import Match
-from sw_transplant.layers.parameters import copy_model
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.convert import put
+from sw_transplant.surgery.copies import operand
 from sw_transplant.surgery.description import LayerDescription, describe, read_descriptions, rebuild
 from sw_transplant.surgery.hosts import hosts_of
 
@@ -77,7 +77,7 @@ def load(base_model: nn.Module, folder: str | os.PathLike[str], *, inplace: bool
             "build one, or load the weights alone with load_state_dict"
         )
     layers, weights = _read(base_model, Path(folder))
-    target = base_model if inplace else copy_model(base_model)
+    target = operand(base_model, inplace=inplace)
     built = [(layer.match, rebuild(find_site(target, layer.match.path), layer, weights)) for layer in layers]
     _check(_state_after(target, built), weights, Path(folder))
     model = put(target, built)

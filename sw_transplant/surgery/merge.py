@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from sw_transplant.find.keep import give_back_attributes
 from sw_transplant.forms import DenseKernel
 from sw_transplant.geometry import BranchGeometry, FilledGeometry, Size
-from sw_transplant.layers.parameters import copy_model, take_attributes
+from sw_transplant.layers.parameters import take_attributes
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.surgery.copies import operand
 from sw_transplant.surgery.hosts import hosts_of
 
 Sides = tuple[int, int, int, int]
@@ -51,7 +52,7 @@ def merge(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"merge: got {type(model).__name__}, expected a model from convert(model)")
-    target = model if inplace else copy_model(model)
+    target = operand(model, inplace=inplace)
     merged = {module: _plain(module) for module in target.modules() if isinstance(module, ShiftwiseConv2d)}
     if not merged:
         raise ValueError(f"merge: {type(model).__name__} has no Shiftwise module, expected a model from convert(model)")

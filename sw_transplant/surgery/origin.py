@@ -179,7 +179,7 @@ def _read_original_names(
             buffer.copy_(state.pop(f"{prefix}{name}"))
     if read:
         for i, branch in enumerate(branches_of(layer)):  # what the original has no name for stays as it is
-            read.setdefault(f"{prefix}branches.{i}.placements", branch.placements)
+            read.setdefault(f"{prefix}branches.{i}.placements", branch.rows)
             if branch.is_identity:
                 read.setdefault(f"{prefix}branches.{i}.bank", branch.bank)
     state.update(read)
@@ -203,7 +203,7 @@ def _bank(
             f"size mismatch for {name}: copying a param with shape {kernel.shape} from checkpoint, "
             f"the shape of what the layer replaced is {torch.Size(expected)}."
         )
-        return {}
+        return {f"{place}bank": branch.bank}  # or it would count as missing, too
     tiles, _ = lay_out(kernel.detach(), source.tile)
     entries = {f"{place}bank": tiles}
     if branch.gain is not None:

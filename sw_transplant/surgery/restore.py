@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import Tensor, nn
 
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.surgery.copies import operand
 from sw_transplant.surgery.hosts import hosts_of
 from sw_transplant.surgery.origin import Origin, reason_against_dense
 
@@ -47,7 +46,7 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                 f"restore: {path or 'the model'}: {reason}; expected mode 'laid_out' without extra edges and masks. "
                 "merge(model) gives plain convolutions of the same function"
             )
-    target = model if inplace else copy.deepcopy(model)
+    target = operand(model, inplace=inplace)
     restored = {layer: _original(layer) for layer in target.modules() if isinstance(layer, ShiftwiseConv2d)}
     if isinstance(target, ShiftwiseConv2d):
         return restored[target]

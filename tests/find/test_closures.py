@@ -250,7 +250,7 @@ def test_what_a_copy_would_go_on_using_is_refused(habit) -> None:
     model = net()
     habit(model)
     before = list(model.modules())
-    with pytest.raises(ValueError, match=r"a copy would go on using it; convert with inplace=True"):
+    with pytest.raises(ValueError, match=r"a copy would go on using it; pass inplace=True"):
         convert(model)
     assert list(model.modules()) == before
 

@@ -17,6 +17,7 @@ from sw_transplant import SWConfig, convert
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.layers.tables import Tables
 from tests.acceptance import relative_rms, shiftwise_layers
+from tests.small_models import Parallel, conv, conv_bn
 
 DECAYS = (0.9, 0.9999)
 AVERAGES: dict[str, Callable[[nn.Module], Any]] = {
@@ -112,3 +113,51 @@ def test_tables_are_kept_once_per_device() -> None:
     moved = tables.only_on(cpu)
     assert list(moved._placed) == [cpu]
     assert torch.equal(pickle.loads(pickle.dumps(tables)).on(cpu)["a"], given)
+
+
+def everything() -> nn.Module:
+    """One kernel, strips with BatchNorms, a sum that adds its input, and the paper's module."""
+    model = nn.Sequential(conv(), Parallel(conv_bn(), conv_bn(size=3), nn.BatchNorm2d(4)), PlusInput(), SWConv2d(4, 9))
+    return model.eval()
+
+
+class PlusInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x)
+
+
+def empty(model: nn.Module) -> nn.Module:
+    """From the meta device to memory that holds anything."""
+    model = model.to("meta").to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    return model
+
+
+@pytest.mark.parametrize("names", ["original", "converted"])
+def test_weights_that_are_loaded_into_empty_memory(names: str) -> None:
+    torch.manual_seed(0)
+    model, x = everything(), torch.randn(2, 4, 12, 12)
+    converted = convert(model)
+    loaded = empty(copy.deepcopy(converted))
+    loaded.load_state_dict((model if names == "original" else converted).state_dict())
+    assert torch.equal(loaded(x), converted(x))
+
+
+def test_empty_memory_is_initialised_as_convolutions_are() -> None:
+    model = everything()
+    converted = empty(convert(model))
+    for layer in (model[0], converted[0]):
+        torch.manual_seed(0)
+        layer.reset_parameters()
+    assert torch.equal(model[0].weight, converted[0].weight)
+    assert torch.equal(model[0].bias, converted[0].bias)
+    for module in converted.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert torch.isfinite(converted(torch.randn(2, 4, 12, 12))).all()
+    assert converted[1].branches[1].bank.std() > 0

@@ -228,8 +228,12 @@ class _Judgement:
         grad: bool = False,
         backward: bool = False,
         kind: str = "noise",
-    ) -> None:
-        """One call of both sides, and where it is asked for its backward pass; and everything compared."""
+    ) -> bool:
+        """One call of both sides, and where it is asked for its backward pass; and everything compared.
+
+        Returns:
+            Whether it ran, or raised in both.
+        """
         self.calls += 1
         images = draw_images(self.network, size, kind, self.calls)
 
@@ -257,7 +261,7 @@ class _Judgement:
 
         results = pair.both(where, run)
         if results is None:
-            return
+            return False
         for what, old in results[0].items():
             if what.startswith("random state"):
                 pair.random_states(where, old, results[1][what])
@@ -266,6 +270,7 @@ class _Judgement:
         if backward:
             pair.gradients(where)
         pair.state(where)
+        return True
 
     def _step(self, pair: Pair) -> None:
         """One step of SGD; who asks for no weight decay, or for a rate of its own, by an attribute, gets it."""
@@ -280,9 +285,10 @@ class _Judgement:
                         rate = 0.05 * getattr(parameter, "rate", 1.0)
                         parameter.sub_(rate * (parameter.grad + decay * parameter))
 
-        self._forward(pair, "train before a step", self.world.sizes[1], grad=True, backward=True)
-        pair.both("step", run)
-        pair.state("after a step")
+        # A backward pass that raises leaves some gradients behind: which, depends on the order of the parts.
+        if self._forward(pair, "train before a step", self.world.sizes[1], grad=True, backward=True):
+            pair.both("step", run)
+            pair.state("after a step")
 
     def _later(self, pair: Pair) -> None:
         """The statements that users run afterwards, where what they speak of has not gone into a sum."""
@@ -330,11 +336,20 @@ class _Judgement:
             return
         merged = self._pair(pair.old, pair.new, exact=False)
         for size in self.world.sizes:
+            if self.world.batch is None and not self._runs(pair.old, size):
+                continue  # a BatchNorm refuses single maps; once it is folded, nobody does
             self._forward(merged, "eval after merge", size)
         parameters = dict(pair.new.net.named_parameters())
         for name in (".".join(part for part in (path, own) if part) for path in alone for own in ("weight", "bias")):
             if name in wanted and name in parameters and parameters[name].requires_grad != wanted[name]:
                 pair.differs("merge: requires_grad", name)
+
+    def _runs(self, side: Side, size: tuple[int, int]) -> bool:
+        try:
+            side.net(draw_images(self.network, size, "noise", 0))
+        except ValueError:
+            return False
+        return True
 
     def _save(self, pair: Pair) -> None:
         """What is saved and loaded on another network of the architecture is the original."""

@@ -22,6 +22,9 @@ count, for networks amplify rounding."""
 GRADIENTS = 10
 """Gradients hold to so many times the bound."""
 
+NOISE = 1e-3
+"""Errors of gradients are measured by this at least: each element of an output has one of about 1."""
+
 STATE = 100
 """Parameters and buffers, which steps and averages add up in, hold to so many times the bound."""
 
@@ -129,13 +132,14 @@ class Pair:
         count = sum(old.numel() for old in finite)
         # A bias before a BatchNorm has nothing but rounding: errors are measured by the average gradient at least.
         average = (sum(float(old.double().square().sum()) for old in finite) / count) ** 0.5 if count else 0.0
+        least = max(average, NOISE)
         for number, old, new in both:
             if old is None or new is None:
                 present = new if old is None else old
                 if present is not None and bool(present.any()):
                     self.differs(f"{where}: gradients", f"{number.name}: {_shown(old)} against {_shown(new)}")
                 continue
-            what = difference(number.lay(old), new, GRADIENTS * self.bound, least=average)
+            what = difference(number.lay(old), new, GRADIENTS * self.bound, least=least)
             if what is not None:
                 self.differs(f"{where}: gradients", f"{number.name}: {what}")
 

@@ -1,0 +1,28 @@
+"""What surgery works on: the model itself, or a copy that shares nothing with it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sw_transplant.find.closures import stays_with_original
+from sw_transplant.layers.parameters import copy_model
+
+
+def operand(model: nn.Module, *, inplace: bool) -> nn.Module:
+    """The model, or a deep copy, whose parameters keep their attributes and hooks.
+
+    Raises:
+        ValueError: the model cannot be copied, or the copy would go on using a part of the model.
+    """
+    if inplace:
+        return model
+    try:
+        twin = copy_model(model)
+    except Exception as error:  # a foreign class may fail in any way
+        raise ValueError(
+            f"model: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            "work on the model itself with inplace=True"
+        ) from error
+    if reason := stays_with_original(twin, model):
+        raise ValueError(reason)
+    return twin
