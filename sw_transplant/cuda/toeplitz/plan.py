@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 Size = tuple[int, int]
 
+MAX_KERNELS = 4  # that one kernel of the GPU takes
 TAP_MARGIN = 14  # zeros before a line of taps; 13 after it: as far as a fragment that touches the line reaches out
 MAX_REACH = 4096  # taps of a kernel along an axis: keeps all offsets within 32 bits
 
