@@ -17,7 +17,7 @@ from sw_transplant.cuda import driver, launch, storage
 from sw_transplant.cuda.sources import Factory, Job
 from sw_transplant.cuda.storage import Cubin
 
-NOBODY = Factory("tests.cuda.drive", "nobody_makes_this")
+NOBODY = Factory("tests.cuda.test_storage", "nobody_makes_this")
 FAKE = ctypes.CDLL("libcuda.so.1")
 CUBIN = Cubin("a_kernel", "pppii", b"\x7fELF and more")
 
@@ -99,6 +99,8 @@ def left_out() -> None:
         run(("kept",))
         run(("missing",))
         run(("missing",))
+        with launch.never_left_out(), pytest.raises(AttributeError, match="nobody_makes_this"):
+            run(("missing",))
     assert [job.key for job in jobs] == [("missing",)]
     assert counted("launches") == before + 1
 
