@@ -22,6 +22,8 @@ Samples = Mapping[str, Sequence[float]]
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LEAST_ROUNDS = 3
+KERNELS, WITH_PYTHON, WALL_CLOCK = "kernels", "with Python", "wall clock"
+LEAST_FLUSHES, MOST_FLUSHES = 4, 1024  # of 256 MiB: about 0.07 ms each on an H200
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
@@ -32,39 +34,55 @@ class Clock:
 
     Args:
         device: where the calls run.
-        cold: on a GPU, time between events, right after the L2 cache was flushed. The flush takes long enough for the
-            call to be queued behind it, so that the time is that of its kernels. Otherwise the time is that of a wall
-            clock, with the device idle before and after.
+        cold: on a GPU, time between events, right after the L2 cache was flushed. The flush is repeated until the whole
+            call is queued behind it, so that the time is that of its kernels, and no Python is in it; that is seen from
+            the first event, which must not have been reached when the call returns. Otherwise the time is that of a
+            wall clock, with the device idle before and after.
         least_ms: repeat shorter calls within one measurement until it takes this long (not if ``cold``).
+
+    Attributes:
+        timed: what the last measurement was of: ``KERNELS``, ``WITH_PYTHON`` where no flush was long enough, or
+            ``WALL_CLOCK``.
     """
 
     def __init__(self, device: torch.device, *, cold: bool = False, least_ms: float = 0) -> None:
         self.device, self.least_ms = device, least_ms
         self.cold = cold and device.type == "cuda"
+        self.timed = KERNELS if self.cold else WALL_CLOCK
         self._flush = torch.empty(2**28, dtype=torch.int8, device=device) if self.cold else None
+        self._flushes = LEAST_FLUSHES
 
     def calls(self, function: Callable[[], object]) -> int:
         """Warms up, and says how many calls one measurement takes."""
         function()
+        self._flushes = LEAST_FLUSHES
         ms = self(function)
         return 1 if self.cold else max(1, math.ceil(self.least_ms / max(ms, 1e-3)))
 
     def __call__(self, function: Callable[[], object], calls: int = 1) -> float:
         if self._flush is not None:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            for _ in range(4):
-                self._flush.zero_()
-            start.record()
-            function()
-            end.record()
-            torch.cuda.synchronize(self.device)
-            return start.elapsed_time(end)
+            return self._between_events(function, self._flush)
         self._wait()
         begin = time.perf_counter()
         for _ in range(calls):
             function()
         self._wait()
         return 1e3 * (time.perf_counter() - begin) / calls
+
+    def _between_events(self, function: Callable[[], object], flush: Tensor) -> float:
+        while True:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            for _ in range(self._flushes):
+                flush.zero_()
+            start.record()
+            function()
+            end.record()
+            queued = not start.query()
+            torch.cuda.synchronize(self.device)
+            if queued or self._flushes >= MOST_FLUSHES:
+                self.timed = KERNELS if queued else WITH_PYTHON
+                return start.elapsed_time(end)
+            self._flushes *= 2
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -77,11 +95,13 @@ class Peers:
     Attributes:
         runs: what to time. A candidate that fails leaves it.
         reasons: why there is no time of a candidate.
+        timed: what was timed of each (:attr:`Clock.timed`); Python is in it if it was in any round.
     """
 
     def __init__(self) -> None:
         self.runs: dict[str, Callable[[], object]] = {}
         self.reasons: dict[str, str] = {}
+        self.timed: dict[str, str] = {}
 
     def attempt(self, name: str, function: Callable[[], T]) -> T | None:
         """What a step of a candidate returns; if it fails, None, and the candidate is out."""
@@ -122,9 +142,17 @@ class Peers:
                 if name in self.runs:
                     ms = self.attempt(name, lambda run=self.runs[name], n=calls[name]: clock(run, n))
                     times[name].append(math.nan if ms is None else ms)
+                    if self.timed.get(name) != WITH_PYTHON:
+                        self.timed[name] = clock.timed
             for name in self.runs:
                 samples[name].append(statistics.fmean(times[name]))
         return {name: samples[name] for name in self.runs if samples[name]}
+
+
+def what_was_timed(timed: Mapping[str, str]) -> str | None:
+    """One word for a row: what all its candidates were timed by, or ``WITH_PYTHON`` if that is so of any."""
+    found = set(timed.values())
+    return WITH_PYTHON if WITH_PYTHON in found else next(iter(found), None)
 
 
 def median(samples: Samples, name: str) -> float | None:

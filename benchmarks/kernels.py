@@ -17,7 +17,19 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from common import FORMATS, Clock, Peers, copy_rate, fastest, median, precision, product_rate, speedup, unsupported
+from common import (
+    FORMATS,
+    Clock,
+    Peers,
+    copy_rate,
+    fastest,
+    median,
+    precision,
+    product_rate,
+    speedup,
+    unsupported,
+    what_was_timed,
+)
 from networks import GRADIENTS, Judge, decisions, refuse_other_form, with_form
 from report import (
     Report,
@@ -202,6 +214,7 @@ class Bench:
             **ms,
             "auto runs": chosen["auto"].partition(":")[0] or None if "auto" in chosen else None,
             "fastest": best,
+            "timed": what_was_timed(peers.timed),
             "speedup": speedup(samples, rival, best),
             "auto speedup": speedup(samples, rival, "auto"),
             "floor": floor,
@@ -211,6 +224,7 @@ class Bench:
             "copy floor": by_bytes,
             "operations floor": by_operations,
             "decisions": chosen,
+            "timed by candidate": peers.timed,
             "errors": judge.errors,
             "rounds": {candidate: len(times) for candidate, times in samples.items()},
             "reasons": peers.reasons,
@@ -288,7 +302,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     columns = {"layer": 18, "batch": 5, "channels": 8, "map": 7, "kernels": 11, "dtype": 5, "pass": 16, "format": 13}
     columns |= dict.fromkeys([*NATIVE, *options.forms], 9)
     columns |= dict.fromkeys(
-        ["auto runs", "fastest", "speedup", "auto speedup", "floor", "of floor", "native error", "error"], 9
+        ["auto runs", "fastest", "timed", "speedup", "auto speedup", "floor", "of floor", "native error", "error"], 9
     )
     report = Report(columns, head, options.json, options.minutes)
     for name in layers:

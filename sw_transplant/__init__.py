@@ -14,10 +14,12 @@ from sw_transplant.find.search import inspect_model
 from sw_transplant.find.summary import summary
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.convert import convert
+from sw_transplant.surgery.freezing import freeze, unfreeze
 from sw_transplant.surgery.io import load, save
 from sw_transplant.surgery.merge import merge
 from sw_transplant.surgery.restore import restore
 from sw_transplant.surgery.tuning import set_form, tune
+from sw_transplant.surgery.warming import warm_up
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "SWConfig",
     "ShiftwiseConv2d",
     "convert",
+    "freeze",
     "inspect_model",
     "load",
     "merge",
@@ -33,5 +36,7 @@ __all__ = [
     "set_form",
     "summary",
     "tune",
+    "unfreeze",
     "verify",
+    "warm_up",
 ]

@@ -1,4 +1,4 @@
-"""The command line: sw-transplant inspect | convert | verify."""
+"""The command line: sw-transplant inspect | convert | verify | cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TextIO, get_args
 import torch
 
 from sw_transplant import __version__
-from sw_transplant.cli.commands import Result, run_convert, run_inspect, run_verify
+from sw_transplant.cli.commands import Result, run_cache, run_convert, run_inspect, run_verify
 from sw_transplant.cli.load_model import InputError, one_line
 from sw_transplant.config import Form, SWConfig
 from sw_transplant.interrupts import Stopped, stopped_by_signals
@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_convert(commands)
     _add_verify(commands)
+    _add_cache(commands)
     return parser
 
 
@@ -174,6 +175,20 @@ def _add_verify(commands: Any) -> None:
     _add_form(parser)
 
 
+def _add_cache(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "cache",
+        help="show the compiled kernels on disk, or remove them",
+        description="Shows the CUDA kernels that were compiled and kept on disk.",
+        epilog=EXIT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=run_cache)
+    parser.add_argument("--clear", action="store_true", help="remove them; they are compiled again when needed")
+    _add_output(parser)
+
+
 def _add_command(
     commands: Any, name: str, command: Callable[[argparse.Namespace], Result], what: str
 ) -> argparse.ArgumentParser:
@@ -194,9 +209,13 @@ def _add_command(
     )
     parser.add_argument("--num-classes", type=_count, metavar="N", help="outputs of the classifier; for a timm name")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
+    _add_output(parser)
+    return parser
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
     parser.add_argument("--traceback", action="store_true", help="show where bad input was noticed, too")
-    return parser
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:

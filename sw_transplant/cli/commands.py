@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from sw_transplant.check.model_input import ModelInput
 from sw_transplant.check.verify import verify
 from sw_transplant.cli.load_model import InputError, LoadedModel, load_model, one_line
 from sw_transplant.config import SWConfig
+from sw_transplant.cuda import storage
 from sw_transplant.find.match import NoLargeKernelError
 from sw_transplant.find.search import inspect_model
 from sw_transplant.find.summary import summary
@@ -25,6 +27,7 @@ from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.convert import convert
 from sw_transplant.surgery.hosts import is_host_folder
 from sw_transplant.surgery.io import CONFIG_NAME, WEIGHTS_NAME, load, save
+from sw_transplant.tables import render_table
 
 EXTRAS = {"PIL": "hf", "timm": "timm", "torchvision": "timm", "transformers": "hf"}
 """Which extra of sw-transplant brings a package."""
@@ -44,6 +47,29 @@ def run_inspect(arguments: argparse.Namespace) -> Result:
     with _input_errors():
         inspection = inspect_model(model, _config(arguments), select=arguments.select)
     return Result(str(inspection), {"model": arguments.model, **inspection.to_dict()})
+
+
+def run_cache(arguments: argparse.Namespace) -> Result:
+    """Lists the compiled kernels on disk, or removes them."""
+    place = storage.folder()
+    if place is None:
+        how = f"{storage.VARIABLE} is empty" if storage.VARIABLE in os.environ else "platformdirs is not installed"
+        return Result(f"No compiled kernels are kept: {how}.", {"folder": None, "kernels": []})
+    if arguments.clear:
+        removed = storage.clear()
+        return Result(f"Removed {removed} files from {place}.", {"folder": str(place), "removed": removed})
+    entries = storage.entries()
+    rows = [
+        [entry.kernel if entry.whole else "(damaged)", entry.architecture, f"{entry.size / 1024:.0f} KiB"]
+        for entry in entries
+    ]
+    rows.append([f"{len(entries)} kernels", "", f"{sum(entry.size for entry in entries) / 1024:.0f} KiB"])
+    kernels = [
+        {"file": e.path.name, "kernel": e.kernel, "architecture": e.architecture, "bytes": e.size, "whole": e.whole}
+        for e in entries
+    ]
+    table = render_table(f"Compiled kernels in {place}", ["kernel", "architecture", "size"], rows)
+    return Result(table, {"folder": str(place), "kernels": kernels})
 
 
 def run_convert(arguments: argparse.Namespace) -> Result:

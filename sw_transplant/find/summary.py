@@ -52,7 +52,7 @@ def _shiftwise_table(model: nn.Module) -> str:
                 " + ".join(_tiles(branch) for branch in branches),
                 f"{parameters:,}",
                 "all" if module.spec is None else f"{module.spec.energy_kept:.1%}",
-                module.form,
+                module.form + (", frozen" if module.frozen else ""),
                 *(module.decision or ("not run yet", "")),
             ]
         )

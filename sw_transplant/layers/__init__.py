@@ -12,6 +12,7 @@ Read in this order:
     watch               whether a layer is still what it was
     recompute           less memory in training
     plan                what a call does, and how long that is kept
+    frozen              plans that compiled and captured calls take as they are
     computed            a weight that is computed, and refuses to be written to
     as_conv2d           the attributes of an nn.Conv2d, and the plain kernels that a layer equals
     shiftwise_conv2d    ShiftwiseConv2d: a sum of branches, laid out from kernels

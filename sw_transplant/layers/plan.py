@@ -132,7 +132,7 @@ class Planner:
 
     def __init__(self) -> None:
         self.decision: Decision | None = None
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
 
     def __call__(self, layer: Layer, x: Tensor) -> Callable[[Tensor], Tensor]:
         """What the layer does with a map ``(B, C, H, W)``.
@@ -165,7 +165,7 @@ class Planner:
     def _kept_or_anew(self, layer: Layer, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Eager: the plan that is kept, where nothing that went into it has changed."""
         kept, key = self._kept, (layer.stride, *_key(x))
-        if kept is not None and kept.key == key and kept.watch.unchanged():
+        if kept is not None and kept.key == key and kept.unchanged():
             return kept.serve(x)
         self.forget()
         plan = self._anew(layer, x)
@@ -174,19 +174,24 @@ class Planner:
             with suppress(RuntimeError):  # tensors whose changes nobody counts: no plan is kept
                 watch = Watch(layer)  # type: ignore[arg-type]
                 if not (torch.is_grad_enabled() and watch.wants_gradients()):
-                    self._kept = _Kept(key, plan, watch)
+                    self._kept = Kept(key, plan, watch)
         return plan
 
     def __reduce__(self) -> tuple[Callable[[], Planner], tuple[()]]:
         return Planner, ()  # copies and pickles start anew
 
 
-class _Kept:
+class Kept:
     """A plan that served a call, for the calls after it."""
 
-    def __init__(self, key: tuple[Any, ...], plan: Plan, watch: Watch) -> None:
-        self.key, self.plan, self.watch = key, plan, watch
+    def __init__(self, key: tuple[Any, ...], plan: Plan, watch: Watch | None) -> None:
+        """watch: on the layer; None where nobody counts its changes."""
+        self.key, self.plan, self._watch = key, plan, watch
         self._short: tuple[torch.Size, torch.dtype, Callable[[Tensor], Tensor]] | None = None
+
+    def unchanged(self) -> bool:
+        """Whether the layer is still what the plan was made of."""
+        return self._watch is None or self._watch.unchanged()
 
     def serve(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """The plan; for maps just like those of the call before, the shortest way through it."""

@@ -13,6 +13,7 @@ from sw_transplant.forms.dispatch import Decision, check_form, check_nonfinite
 from sw_transplant.geometry import BranchGeometry, Size
 from sw_transplant.layers.as_conv2d import AsConv2d
 from sw_transplant.layers.branch import Branch
+from sw_transplant.layers.frozen import Frozen, without_buffers
 from sw_transplant.layers.parameters import take_attributes
 from sw_transplant.layers.plan import Planner
 from sw_transplant.layers.recompute import Recompute
@@ -52,6 +53,8 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
     """Which branches' responses are computed again in the backward pass instead of being kept for their BatchNorm:
     ``"none"``, ``"small"`` (those with at most a quarter of the largest one's taps) or ``"all"``. Assignable. The
     gradients are the same, bit for bit. Compiled code and form "shift" keep everything."""
+
+    _frozen: Frozen | None = None
 
     def __init__(
         self,
@@ -149,11 +152,25 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         """The branches on a map ``(B, C, H, W)``."""
-        return self._planner(self, x)(x)
+        planner = self._planner if self._frozen is None else self._frozen
+        return planner(self, x)(x)
 
     def clear_cache(self) -> None:
         """Forgets the cached plan. Needed only after a write that PyTorch does not count (through ``tensor.data``)."""
         self._planner.forget()
+        if self._frozen is not None:
+            self._frozen.forget(self)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether compiled and captured calls take what the layer keeps as it is (:func:`sw_transplant.freeze`)."""
+        return self._frozen is not None
+
+    @frozen.setter
+    def frozen(self, value: bool) -> None:
+        if value != self.frozen:
+            self.clear_cache()
+            self._frozen = Frozen() if value else None
 
     def rederive(self) -> None:
         """Makes again whatever follows from the placements: for who sets tensors without ``load_state_dict``.
@@ -174,8 +191,20 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
         self.clear_cache()
 
     def train(self, mode: bool = True) -> ShiftwiseConv2d:
-        self.clear_cache()
+        if self._frozen is None:
+            self.clear_cache()
+        elif mode:
+            raise RuntimeError(
+                "ShiftwiseConv2d.train: the layer is frozen, for inference only; sw_transplant.unfreeze(model) first"
+            )
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.clear_cache()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_buffers(self.__dict__)
 
     def _apply(self, *args: Any, **kwargs: Any) -> ShiftwiseConv2d:
         self.clear_cache()
@@ -215,7 +244,9 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
 
     def extra_repr(self) -> str:
         stride = "" if self.stride == (1, 1) else f", stride={self.stride}"
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}{stride}, form={self.form!r}"
+        frozen = ", frozen" if self.frozen else ""
+        channels = f"{self.in_channels}, {self.out_channels}"
+        return f"{channels}, kernel_size={self.kernel_size}{stride}, form={self.form!r}{frozen}"
 
 
 def _refuse_torchscript(what: str) -> NoReturn:

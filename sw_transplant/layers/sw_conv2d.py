@@ -287,7 +287,7 @@ class SWConv2d(OrderBuffers):
         n = self.tile
         return (
             f"{self.in_channels}, strips of {self.length}: {self.tiles} tiles {n}x{n}, edges={self.edges}, "
-            f"paths={len(self.paths)}{ghosts}{stride}, form={self.form!r}"
+            f"paths={len(self.paths)}{ghosts}{stride}, form={self.form!r}{', frozen' if self.frozen else ''}"
         )
 
 

@@ -1,6 +1,10 @@
-"""Whether a device has Toeplitz kernels, and whether their results are right: tried once, before they are used."""
+"""Whether a device has Toeplitz kernels, and whether their results are right: tried once, before they are used.
 
-import functools
+The trial is the same whenever it is made: in a thread of its own, where autocast, default devices, inference mode and
+modes of dispatch of who asks do not reach, with dtypes that are named. What fails for want of memory is tried again.
+"""
+
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -8,10 +12,12 @@ import torch
 from torch import Tensor
 
 from sw_transplant.cuda import launch
+from sw_transplant.cuda.answers import Passing, Remembered, is_passing
 from sw_transplant.ops.toeplitz_reference import pairs, toeplitz_conv_reference, toeplitz_weight_grad_reference
 from sw_transplant.ops.tracing import constant_when_traced
 
 TF32_ERROR = 2e-3  # relative, of a right result, at most
+NOT_WHILE_CAPTURED = "is not tried while a CUDA graph is captured: call the layer once before that"
 
 
 @constant_when_traced
@@ -23,7 +29,7 @@ def why_no_kernel(device: int) -> str:
     return _why_no_kernel(device)
 
 
-@functools.cache
+@Remembered
 def _why_no_kernel(device: int) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
@@ -35,75 +41,103 @@ def _why_no_kernel(device: int) -> str:
             stacklevel=2,
         )
         return missing
-    if not launch.is_available(device):  # which warns
-        return "needs Numba's CUDA kernels, which do not run here"
-    return self_test(torch.device("cuda", device))
+    if not launch.is_available(device):  # which warns, and asks again by itself
+        raise Passing("needs CUDA kernels, which do not run here")
+    problem = self_test(torch.device("cuda", device))
+    if problem:  # remembered there, if it lasts
+        raise Passing(problem)
+    return ""
 
 
-@functools.cache
+@Remembered
 def self_test(device: torch.device) -> str:
     """What is wrong with the kernel of `toeplitz_conv` on a device, also as a warning; empty if nothing is."""
-    x, _, weights, sizes, origins = _trial()
-    expected = [toeplitz_conv_reference(x, weights, origins)]
 
-    def run() -> list[Tensor]:
+    def trial() -> tuple[list[Tensor], list[Tensor]]:
         from sw_transplant.cuda import toeplitz as kernels
 
+        x, _, weights, sizes, origins = _trial()
+        expected = toeplitz_conv_reference(x, weights, origins)
         there = x.to(device)
         plan = kernels.plan_for(there, pairs(sizes), pairs(origins))
         if plan is None:
-            return expected
+            return [], []
         out = torch.empty_like(there)
         kernels.toeplitz_conv_forward(there, [weight.to(device) for weight in weights], None, False, plan, out)
-        return [out]
+        return [out], [expected]
 
-    return _problem("toeplitz", device, run, expected)
+    return _problem("toeplitz", device, trial)
 
 
-@functools.cache
+@Remembered
 def weight_grad_self_test(device: torch.device) -> str:
     """The same for the kernel of `toeplitz_weight_grad`."""
-    x, grad, _, sizes, origins = _trial()
-    expected = toeplitz_weight_grad_reference(x, grad, sizes, origins)
 
-    def run() -> list[Tensor]:
+    def trial() -> tuple[list[Tensor], list[Tensor]]:
         from sw_transplant.cuda import toeplitz as kernels
 
+        x, grad, _, sizes, origins = _trial()
         there = x.to(device)
         plan = kernels.weight_grad_plan_for(there, pairs(sizes), pairs(origins))
-        return expected if plan is None else kernels.toeplitz_weight_grad(there, grad.to(device), plan)
+        if plan is None:
+            return [], []
+        expected = toeplitz_weight_grad_reference(x, grad, sizes, origins)
+        return kernels.toeplitz_weight_grad(there, grad.to(device), plan), expected
 
-    return _problem("the weight gradient of toeplitz", device, run, expected)
+    return _problem("the weight gradient of toeplitz", device, trial)
 
 
 def weight_grad_is_wrong(device: torch.device) -> bool:
-    """Whether the kernel of the weight gradient is known to be wrong; it cannot be tried while a graph is captured."""
-    return not torch.cuda.is_current_stream_capturing() and bool(weight_grad_self_test(device))
+    """Whether the kernel of the weight gradient is known to be wrong, or cannot be tried now."""
+    return bool(weight_grad_self_test(device))
 
 
 def _trial() -> tuple[Tensor, Tensor, list[Tensor], list[int], list[int]]:
     """A map, the gradient of an output, kernels, their sizes and origins, on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    x, grad = torch.randn(2, 2, 3, 20, 23, generator=generator, device="cpu")
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
+
+    x, grad = draw(2, 2, 3, 20, 23)
     sizes, origins = [11, 3, 3, 11], [5, 1, 1, 5]
-    weights = [torch.randn(3, 1, *size, generator=generator, device="cpu") for size in pairs(sizes)]
-    return x, grad, weights, sizes, origins
+    return x, grad, [draw(3, 1, *size) for size in pairs(sizes)], sizes, origins
 
 
-def _problem(what: str, device: torch.device, run: Callable[[], list[Tensor]], expected: list[Tensor]) -> str:
-    """Why what runs on a device does not give what is expected; empty if it does. Warns."""
-    try:
-        errors = [
-            ((got.cpu() - right).norm() / right.norm()).item() for got, right in zip(run(), expected, strict=True)
-        ]
-        fine = all(error <= TF32_ERROR for error in errors)  # not so for NaN
-        problem = "" if fine else f"is wrong on {device}: relative errors {', '.join(f'{e:.2g}' for e in errors)}"
-    except Exception as reason:
-        problem = f"fails on {device}: {type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
-    if problem:
-        warnings.warn(
-            f"sw_transplant: {what} {problem}; plain PyTorch is used instead. Please report this.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+def _problem(what: str, device: torch.device, trial: Callable[[], tuple[list[Tensor], list[Tensor]]]) -> str:
+    """Why a trial on a device does not give what is expected; empty if it does. Warns.
+
+    Raises:
+        Passing: it may be otherwise at the next call.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise Passing(NOT_WHILE_CAPTURED)
+    errors: list[float] = []
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            with launch.never_left_out():
+                got, right = trial()
+            errors.extend(((a.cpu() - b).norm() / b.norm()).item() for a, b in zip(got, right, strict=True))
+        except Exception as failure:
+            failures.append(failure)
+
+    alone = threading.Thread(target=run, name="sw_transplant self-test")
+    alone.start()
+    alone.join()
+    problem = ""
+    if failures:
+        problem = f"fails on {device}: {type(failures[0]).__name__}: {' '.join(str(failures[0]).split())[:200]}"
+    elif not all(error <= TF32_ERROR for error in errors):  # so for NaN
+        problem = f"is wrong on {device}: relative errors {', '.join(f'{e:.2g}' for e in errors)}"
+    if not problem:
+        return ""
+    passing = bool(failures) and is_passing(failures[0])
+    remedy = "this is tried again at the next call." if passing else "Please report this."
+    warnings.warn(
+        f"sw_transplant: {what} {problem}; plain PyTorch is used instead. {remedy}", RuntimeWarning, stacklevel=4
+    )
+    if passing:
+        raise Passing(problem)
     return problem

@@ -8,6 +8,8 @@ Read in this order:
     origin        what a layer took the place of, and weights that have its names
     approximate   mode "shiftwise": the paper's module, as close to a layer as its bank allows
     tuning        the form of every layer, by hand or by measuring
+    freezing      inference without work on weights, compiled and captured calls included
+    warming       every kernel compiled ahead of the calls that need it
     merge         back to plain convolutions, as few as do
     restore       back to the original modules
     description   what a converted model is made of, as JSON

@@ -20,6 +20,8 @@ def report(load):
 class Stub:
     """A clock that runs a call once and takes its return value for the time."""
 
+    timed = "kernels"
+
     def calls(self, function) -> int:
         return 1
 
@@ -76,6 +78,53 @@ def test_the_clock_counts_milliseconds_of_one_call(common) -> None:
     seen.clear()
     assert 0 < clock(function, 3) < 1000
     assert len(seen) == 3
+
+
+class Gpu:
+    """A GPU that reaches an event once so many flushes less than were queued before it are done."""
+
+    def __init__(self, enough: int) -> None:
+        self.enough, self.flushes, self.before = enough, 0, 0
+
+    def zero_(self) -> None:
+        self.flushes += 1
+
+    def Event(self, enable_timing: bool):
+        gpu = self
+
+        class Event:
+            def record(self) -> None:
+                self.flushes, gpu.flushes = gpu.flushes, 0
+
+            def query(self) -> bool:
+                return self.flushes < gpu.enough
+
+            def elapsed_time(self, end) -> float:
+                return float(self.flushes)
+
+        return Event()
+
+
+@pytest.mark.parametrize(
+    ("enough", "flushes", "timed"), [(3, 4, "kernels"), (27, 32, "kernels"), (5000, 1024, "with Python")]
+)
+def test_a_call_is_queued_behind_flushes_that_take_longer(common, monkeypatch, enough, flushes, timed) -> None:
+    gpu = Gpu(enough)
+    monkeypatch.setattr(torch.cuda, "Event", gpu.Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    clock = common.Clock(torch.device("cpu"))
+    clock.cold, clock._flush = True, gpu
+    peers = common.Peers()
+    peers.runs["a"] = lambda: None
+    samples = peers.time(clock, repeats=3, seconds=0)
+    assert samples["a"][-1] == flushes
+    assert common.what_was_timed(peers.timed) == timed
+
+
+def test_python_in_one_time_is_said_of_the_row(common) -> None:
+    assert common.what_was_timed({"a": "kernels", "b": "with Python"}) == "with Python"
+    assert common.what_was_timed({"a": "kernels"}) == "kernels"
+    assert common.what_was_timed({}) is None
 
 
 def test_precisions_set_tf32_and_put_it_back(common) -> None:

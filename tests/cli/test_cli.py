@@ -20,6 +20,8 @@ from sw_transplant import interrupts
 from sw_transplant.cli import main
 from sw_transplant.cli.commands import Result
 from sw_transplant.cli.load_model import InputError, load_model
+from sw_transplant.cuda import storage
+from sw_transplant.cuda.sources import Factory, Job
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,6 +132,28 @@ def save_hugging_face(path: Path, kind: str = "ConvNextForImageClassification") 
 
 
 # ---- kinds of models ----
+
+
+def test_cache_shows_and_removes_kernels(run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cache(*words: str) -> dict:
+        code, out, _ = run("cache", "--json", *words)
+        assert code == 0
+        return json.loads(out)
+
+    monkeypatch.setenv("SW_TRANSPLANT_CACHE", str(folder / "kernels"))
+    assert cache() == {"folder": str(folder / "kernels"), "kernels": []}
+    job = Job(Factory("somewhere", "some_source"), ("float16",), (9, 0))
+    storage.write(job, storage.Cubin("entry", "p", bytes(2048)))
+    (kernel,) = cache()["kernels"]
+    assert (kernel["kernel"], kernel["architecture"], kernel["whole"]) == ("some: float16", "sm_90", True)
+    assert "1 kernels" in run("cache")[1]
+    (path,) = (folder / "kernels").iterdir()
+    path.write_bytes(b"damaged")
+    assert "(damaged)" in run("cache")[1]
+    assert cache("--clear")["removed"] == 1
+    assert cache()["kernels"] == []
+    monkeypatch.setenv("SW_TRANSPLANT_CACHE", "")
+    assert "SW_TRANSPLANT_CACHE is empty" in run("cache")[1]
 
 
 def test_inspect_prints_the_inspection(run) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from numba import cuda
 
-from sw_transplant.cuda.launch import KernelSource
+from sw_transplant.cuda.sources import KernelSource
 
 
 def find_ptxas() -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numba import cuda
 
-from sw_transplant.cuda import intrinsics, shift_add
+from sw_transplant.cuda import intrinsics, shift_add, shift_add_kernels
 from sw_transplant.ops import shift_add_backward_reference, shift_add_reference
 from tests.ops.shift_add_cases import CASES, Case, assert_same_bits
 
@@ -58,13 +58,13 @@ def check(case: Case, dtype: torch.dtype, division: str) -> None:
 
     plan = shift_add.forward_plan.__wrapped__(*shapes)
     expected = shift_add_reference(z, placements, case.out_size, case.stride)
-    assert_same_bits(fill(shift_add.forward_source(*plan.key), plan, z, placements, expected), expected)
+    assert_same_bits(fill(shift_add_kernels.forward_source(*plan.key), plan, z, placements, expected), expected)
     print(f"forward: {case}, {dtype}, {division}: {plan.grid} blocks of {plan.threads} threads", flush=True)
 
     plan = shift_add.backward_plan.__wrapped__(*shapes)
     run, runs = plan.sizes[-2:]
     expected = shift_add_backward_reference(grad, placements, case.tiles, case.z_size, case.stride)
-    assert_same_bits(fill(shift_add.backward_source(*plan.key), plan, grad, placements, expected), expected)
+    assert_same_bits(fill(shift_add_kernels.backward_source(*plan.key), plan, grad, placements, expected), expected)
     print(f"backward: {case}, {dtype}, {division}: {plan.grid} blocks, {runs} runs of {run} tiles", flush=True)
 
 

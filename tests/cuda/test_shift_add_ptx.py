@@ -14,8 +14,8 @@ pytest.importorskip("numba.cuda", reason="needs numba-cuda")
 
 from numba import cuda
 
-from sw_transplant.cuda.launch import KernelSource
-from sw_transplant.cuda.shift_add import backward_source, forward_source
+from sw_transplant.cuda.shift_add_kernels import backward_source, forward_source
+from sw_transplant.cuda.sources import KernelSource
 from tests.sampling import sample
 
 KERNELS = ["forward", "backward", "backward, strides 2 and 3"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sw_transplant import ShiftwiseConv2d, convert
-from sw_transplant.layers.plan import Plan, _Kept
+from sw_transplant.layers.plan import Kept, Plan
 from sw_transplant.layers.sw_conv2d import SWConv2d
 
 
@@ -55,14 +55,14 @@ def warm(module: ShiftwiseConv2d, x: Tensor) -> Tensor:
 def taken(monkeypatch) -> list[str]:
     """The way of every call that the plan which is kept serves: "short" or "plan"; a call that makes one has none."""
     ways: list[str] = []
-    serve = _Kept.serve
+    serve = Kept.serve
 
-    def noted(self: _Kept, x: Tensor) -> Callable[[Tensor], Tensor]:
+    def noted(self: Kept, x: Tensor) -> Callable[[Tensor], Tensor]:
         way = serve(self, x)
         ways.append("plan" if isinstance(way, Plan) else "short")
         return way
 
-    monkeypatch.setattr(_Kept, "serve", noted)
+    monkeypatch.setattr(Kept, "serve", noted)
     return ways
 
 

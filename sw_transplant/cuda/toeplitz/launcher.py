@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from sw_transplant.cuda.launch import launch
-from sw_transplant.cuda.toeplitz.kernel import MAX_KERNELS, toeplitz_source
-from sw_transplant.cuda.toeplitz.plan import MAX_REACH, Plan, Size
+from sw_transplant.cuda.sources import Factory
+from sw_transplant.cuda.toeplitz.plan import MAX_KERNELS, MAX_REACH, Plan, Size
 from sw_transplant.cuda.toeplitz.settings import choose_plan
+
+FORWARD = Factory("sw_transplant.cuda.toeplitz.kernel", "toeplitz_source")
 
 INT32_MAX = 2**31 - 1
 ENOUGH_BLOCKS = 2048  # several waves of thread blocks; with more than that, a block takes several groups of images
@@ -85,4 +87,4 @@ def toeplitz_conv_forward(
     sizes = (batch, channels, height, width, *grid.tiles, grid.turns)
     arguments = [x, x, *pointers, x if bias is None else bias, out, *sizes]
     key = (plan, bias is not None, residual)
-    launch(toeplitz_source, key, grid.blocks, plan.threads, arguments, 4 * plan.shared_words)
+    launch(FORWARD, key, grid.blocks, plan.threads, arguments, 4 * plan.shared_words)

@@ -24,7 +24,7 @@ PRODUCT_CYCLES, LOAD_CYCLES, STAGE_CYCLES = 2.0, 1.0, 6.0
 def choose_plan(
     math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...], shared_limit: int, shared_total: int
 ) -> Plan | None:
-    """The plan of least cost for a map, or None if none fits.
+    """The plan of least cost for a map, or None if none fits, as for an empty map.
 
     Args:
         math: as in `Plan`.
@@ -32,6 +32,8 @@ def choose_plan(
         sizes, origins: taps and zeros before the map of each kernel.
         shared_limit, shared_total: bytes of shared memory of a thread block, and of a multiprocessor.
     """
+    if 0 in size:
+        return None
     best: tuple[float, Plan] | None = None
     for plan in _candidates(math, size, sizes, origins):
         cycles = _cycles(plan, size)

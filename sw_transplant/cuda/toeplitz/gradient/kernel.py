@@ -14,9 +14,9 @@ from numba import cuda
 from numba.cuda import types
 
 from sw_transplant.cuda.intrinsics import advance, device_function, float32_from_bits, quotient
-from sw_transplant.cuda.launch import KernelSource
+from sw_transplant.cuda.sources import KernelSource
 from sw_transplant.cuda.toeplitz.gradient.plan import ROWS, GradientPlan
-from sw_transplant.cuda.toeplitz.kernel import MAX_KERNELS
+from sw_transplant.cuda.toeplitz.plan import MAX_KERNELS
 from sw_transplant.cuda.toeplitz.staging import ALIGNMENT, raw_type, stage_map_of
 from sw_transplant.cuda.toeplitz.words import block_afresh, thread_afresh
 

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from sw_transplant.cuda.launch import launch
-from sw_transplant.cuda.toeplitz.gradient.kernel import gradient_source
+from sw_transplant.cuda.sources import Factory
 from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
 from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
 from sw_transplant.cuda.toeplitz.launcher import ENOUGH_BLOCKS, INT32_MAX, arguments_of_plan
 from sw_transplant.cuda.toeplitz.plan import Size
+
+GRADIENT = Factory("sw_transplant.cuda.toeplitz.gradient.kernel", "gradient_source")
 
 MOST_TURNS = 64  # sums of a chunk: few enough that truncation in the hardware stays below the error of the operands
 
@@ -59,7 +61,7 @@ def toeplitz_weight_grad(x: Tensor, grad: Tensor, plan: GradientPlan) -> list[Te
     grid = divide_gradient(plan, batch, channels, (height, width))
     workspace = torch.empty(grid.chunks, channels * plan.taps, dtype=torch.float32, device=x.device)
     arguments = [x, grad, workspace, grid.items, channels, height, width, *grid.tiles, grid.turns]
-    launch(gradient_source, (plan,), grid.blocks, plan.threads, arguments, 4 * plan.shared_words)
+    launch(GRADIENT, (plan,), grid.blocks, plan.threads, arguments, 4 * plan.shared_words)
     return gradients_from(workspace, plan, channels, x.dtype)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
 from sw_transplant.cuda.toeplitz.gradient.product import count
-from sw_transplant.cuda.toeplitz.plan import Size, padded
+from sw_transplant.cuda.toeplitz.plan import IN_FLIGHT, Size, padded
 from sw_transplant.cuda.toeplitz.settings import (
     LOAD_CYCLES,
     PRODUCT_CYCLES,
@@ -17,7 +17,6 @@ from sw_transplant.cuda.toeplitz.settings import (
     STAGE_CYCLES,
     oriented,
 )
-from sw_transplant.cuda.toeplitz.staging import IN_FLIGHT
 
 WHOLE = 96  # rows or columns that one tile covers
 CUT = 48  # with more than that, tiles may be smaller than the map
@@ -42,6 +41,8 @@ def choose_gradient_plan(
     math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...], shared_limit: int, shared_total: int
 ) -> GradientPlan | None:
     """The plan of least cost for a map, or None if none fits; arguments as of `toeplitz.settings.choose_plan`."""
+    if 0 in size:
+        return None
     best: tuple[float, GradientPlan] | None = None
     for shape in _shapes(math, size, sizes, origins):
         tiles = -(-size[0] // shape.tile[0]) * -(-size[1] // shape.tile[1])
