@@ -134,7 +134,10 @@ class ShiftwiseQuantizer(HfQuantizer):  # type: ignore[misc]
             if not all(map(_is_whole, module.parameters())):
                 raise NotImplementedError(
                     f"save_pretrained: {path}: its weights are not whole in this process (offloaded, or sharded by "
-                    "FSDP or DeepSpeed); expected all of them. With FSDP choose the state dict type SHARDED_STATE_DICT"
+                    "FSDP or DeepSpeed); expected all of them. With Trainer and FSDP choose the state dict type "
+                    "SHARDED_STATE_DICT; elsewhere gather them (torch.distributed.checkpoint.state_dict."
+                    "get_model_state_dict, or zero_to_fp32.py of DeepSpeed), load them into a converted model in one "
+                    "process, and save that"
                 )
         if settings.weights == "dense":
             return dense_state_dict(model), {}
