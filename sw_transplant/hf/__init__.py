@@ -5,6 +5,7 @@ Read in this order:
     shiftwise_config    what ``config.json`` says of the layers
     notes               what a model's configuration says, and when
     quantizer           what transformers calls when it loads, saves and trains a converted model
+    unasked             the same for models that were not converted, but have converted parts
     host                what the rest of the package calls
     checkpoints         the last whole checkpoint of a Trainer
     trainer             a Trainer that resumes from these, and decays what it decays in the original

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -11,38 +11,41 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from sw_transplant.hf.notes import forget_layers, note_layers, shiftwise_layers
+from sw_transplant.hf.notes import forget_layers, note_layers, shiftwise_layers, strange_modules
 from sw_transplant.hf.quantizer import ShiftwiseQuantizer
 from sw_transplant.hf.shiftwise_config import ShiftwiseConfig
+from sw_transplant.hf.unasked import given_quantizer
 from sw_transplant.surgery.description import describe
 from sw_transplant.surgery.hosts import add_host, is_host_folder
 
 
-def attach(model: nn.Module, strange: Sequence[str] = ()) -> None:
-    """Lets ``save_pretrained`` of a model, and of every part that is a model of its own, know the layers in it.
+def attach(model: nn.Module) -> None:
+    """Lets a model, and every part that is a model of its own, know at once which layers in it are Shiftwise.
 
-    ``convert``, ``merge``, ``restore`` and ``load`` do this for the model that they are given. Call it for the whole
-    where you converted a part (``model.backbone = convert(model.backbone)``): the part does not know the whole.
+    ``convert``, ``merge``, ``restore`` and ``load`` do this for the model that they are given. Where a part was
+    converted (``model.backbone = convert(model.backbone)``), which does not know the whole, ``save_pretrained`` of the
+    whole finds out by itself; call this if its configuration shall say so before.
 
     Args:
         model: a model of transformers, or one with such models in it; its layers are not changed.
-        strange: layers that were merged into what the class of the model does not have; see
-            :attr:`ShiftwiseQuantizer.strange`.
+
+    Raises:
+        ValueError: a model that is quantized otherwise has such layers in it.
     """
     parts = list(_models(model))
     for path, part in parts:
-        before = _quantizer(part)
-        inside = dict.fromkeys([*_below(strange, path), *(before.strange if before is not None else ())])
-        if inside or any(True for _ in shiftwise_layers(part)):
-            quantizer = ShiftwiseQuantizer(ShiftwiseConfig(layers=[]))
-            quantizer.strange = tuple(inside)
-            part.__dict__["hf_quantizer"] = quantizer
+        if next(shiftwise_layers(part), None) is not None:
+            _refuse_other_quantizer(path, part)
+    for _, part in parts:
+        before = given_quantizer(part)
+        if next(shiftwise_layers(part), None) is not None or strange_modules(part):
+            part.__dict__["hf_quantizer"] = ShiftwiseQuantizer(ShiftwiseConfig(layers=[]))
         elif before is not None:
             del part.__dict__["hf_quantizer"]
             forget_layers(part)
     outermost = [(path, part) for path, part in parts if not any(_is_below(path, other) for other, _ in parts)]
     for _, part in outermost:
-        if (noted := _quantizer(part)) is not None:
+        if (noted := given_quantizer(part)) is not None:
             with suppress(ValueError):  # a layer that cannot be described: save_pretrained will say so
                 note_layers(part)
                 noted.quantization_config = getattr(part.config, "quantization_config", None) or ShiftwiseConfig()
@@ -53,15 +56,10 @@ class _Transformers:
 
     def check(self, model: nn.Module) -> None:
         for path, part in _models(model):
-            other = getattr(part, "hf_quantizer", None)
-            if other is not None and _quantizer(part) is None:
-                raise ValueError(
-                    f"{path or 'model'}: it is quantized with {other.quantization_config.quant_method}, whose folders "
-                    "cannot hold Shiftwise layers; convert the model before it is quantized"
-                )
+            _refuse_other_quantizer(path, part)
 
-    def follow(self, model: nn.Module, strange: Sequence[str] = ()) -> None:
-        attach(model, strange)
+    def follow(self, model: nn.Module) -> None:
+        attach(model)
 
     def saves(self, model: nn.Module) -> bool:
         return isinstance(model, PreTrainedModel)
@@ -103,19 +101,17 @@ def _models(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
     return ((path, part) for path, part in model.named_modules() if isinstance(part, PreTrainedModel))
 
 
-def _quantizer(model: PreTrainedModel) -> ShiftwiseQuantizer | None:
-    quantizer = getattr(model, "hf_quantizer", None)
-    return quantizer if isinstance(quantizer, ShiftwiseQuantizer) else None
+def _refuse_other_quantizer(path: str, model: PreTrainedModel) -> None:
+    other = vars(model).get("hf_quantizer")
+    if other is not None and given_quantizer(model) is None:
+        raise ValueError(
+            f"{path or 'model'}: it is quantized with {other.quantization_config.quant_method}, whose folders "
+            "cannot hold Shiftwise layers; convert the model before it is quantized"
+        )
 
 
 def _is_below(path: str, other: str) -> bool:
     return path != other and path.startswith(f"{other}." if other else "")
-
-
-def _below(paths: Sequence[str], path: str) -> Iterator[str]:
-    """Those of the paths that are inside this one, from there."""
-    prefix = f"{path}." if path else ""
-    return (other.removeprefix(prefix) for other in paths if other.startswith(prefix))
 
 
 add_host("transformers", _Transformers())

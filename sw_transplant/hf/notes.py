@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sw_transplant.hf.shiftwise_config import ShiftwiseConfig, Weights
-from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.layers.shiftwise_conv2d import STRANGE, ShiftwiseConv2d
 from sw_transplant.surgery.description import LayerDescription, describe
 from sw_transplant.surgery.origin import is_stored_dense
 
@@ -20,6 +20,22 @@ NEEDED = "sw_transplant (pip install sw-transplant, then import sw_transplant.hf
 def shiftwise_layers(model: nn.Module) -> Iterator[tuple[str, ShiftwiseConv2d]]:
     """The Shiftwise layers of a model with their paths."""
     return ((path, module) for path, module in model.named_modules() if isinstance(module, ShiftwiseConv2d))
+
+
+def strange_modules(model: nn.Module) -> list[str]:
+    """Paths of what was merged or reparameterized into weights that the class of the model has no place for."""
+    return [path for path, module in model.named_modules() if any(map(_is_strange, _with_origin(module)))]
+
+
+def _with_origin(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and, where it is a layer, what it took the place of: that may have been merged before."""
+    yield module
+    if isinstance(module, ShiftwiseConv2d) and module.origin is not None:
+        yield from module.origin.site.modules()
+
+
+def _is_strange(module: nn.Module) -> bool:
+    return bool(vars(module).get(STRANGE))
 
 
 def note_layers(model: PreTrainedModel) -> None:

@@ -24,30 +24,24 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from sw_transplant.find.match import Match
-from sw_transplant.hf.notes import NEEDED, forget_needs, kernel_names, note_layers, shiftwise_layers
+from sw_transplant.hf.notes import NEEDED, forget_needs, kernel_names, note_layers, shiftwise_layers, strange_modules
 from sw_transplant.hf.shiftwise_config import ShiftwiseConfig
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.convert import convert, put
 from sw_transplant.surgery.description import LayerDescription, rebuild
 from sw_transplant.surgery.hosts import METHOD
 from sw_transplant.surgery.merge import merge
-from sw_transplant.surgery.origin import STAND_IN
 from sw_transplant.surgery.restore import dense_state_dict
+from sw_transplant.surgery.savers import stand_in
 
 logger = logging.get_logger(__name__)
 
 
 @register_quantizer(METHOD)
 class ShiftwiseQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Rebuilds Shiftwise layers in ``from_pretrained``, writes them in ``save_pretrained``; nothing is quantized.
-
-    Attributes:
-        strange: paths of layers that were merged into convolutions with other names or shapes than those of the
-            model's class: ``from_pretrained`` would leave them random, so that nothing is written.
-    """
+    """Rebuilds Shiftwise layers in ``from_pretrained``, writes them in ``save_pretrained``; nothing is quantized."""
 
     quantization_config: Any  # a ShiftwiseConfig, which transformers declares less narrowly
-    strange: tuple[str, ...] = ()
     is_trainable = True
     is_qat_trainable = True  # else Trainer wants adapters beside it
     is_compileable = True
@@ -126,9 +120,9 @@ class ShiftwiseQuantizer(HfQuantizer):  # type: ignore[misc]
                 merged into something that the class does not have.
             NotImplementedError: weights that are not in this process.
         """
-        if self.strange:
+        if strange := strange_modules(model):
             raise ValueError(
-                f"save_pretrained: {', '.join(self.strange[:3])}{', ...' if len(self.strange) > 3 else ''}: merged "
+                f"save_pretrained: {', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}: merged "
                 f"into convolutions with other names or shapes than those of {type(model).__name__}, which "
                 "from_pretrained would leave random; save the converted model instead, or the state_dict of this one"
             )
@@ -140,14 +134,15 @@ class ShiftwiseQuantizer(HfQuantizer):  # type: ignore[misc]
             if not all(map(_is_whole, module.parameters())):
                 raise NotImplementedError(
                     f"save_pretrained: {path}: its weights are not whole in this process (offloaded, or sharded by "
-                    "FSDP or DeepSpeed); expected all of them. With FSDP choose the state dict type SHARDED_STATE_DICT"
+                    "FSDP or DeepSpeed); expected all of them. With Trainer and FSDP choose the state dict type "
+                    "SHARDED_STATE_DICT; elsewhere gather them (torch.distributed.checkpoint.state_dict."
+                    "get_model_state_dict, or zero_to_fp32.py of DeepSpeed), load them into a converted model in one "
+                    "process, and save that"
                 )
         if settings.weights == "dense":
             return dense_state_dict(model), {}
         model.config.fusion_config = {**(getattr(model.config, "fusion_config", None) or {}), NEEDED: True}
-        # Of one byte, so that they come last in the file: what follows them would lie on odd addresses, which are slow.
-        stand_ins = {name: torch.zeros(STAND_IN, dtype=torch.uint8) for name in kernel_names(settings.layers)}
-        return {**model.state_dict(), **stand_ins}, {}
+        return {**model.state_dict(), **{name: stand_in() for name in kernel_names(settings.layers)}}, {}
 
     def dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         """``model.dequantize()``: :func:`sw_transplant.merge`, in place; ``dtype`` None keeps that of the model."""

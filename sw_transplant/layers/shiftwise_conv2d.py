@@ -18,6 +18,10 @@ from sw_transplant.layers.parameters import take_attributes
 from sw_transplant.layers.plan import Planner
 from sw_transplant.layers.recompute import Recompute
 
+STRANGE = "_is_strange_to_its_class"
+"""Attribute of a module, True where its weights have other names or shapes than those that the class of the model
+makes there: a loader that goes by the class would leave them random."""
+
 
 class ShiftwiseConv2d(AsConv2d, nn.Module):
     """A sum of depthwise branches, each a bank of n x n tiles whose responses are shifted, added and normalised.
@@ -217,6 +221,8 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
         In eval the function stays the same; trained further, the module is a plain large-kernel convolution.
         """
         if self.reason_against_setting() is None:  # there is nothing to fold or to join
+            if self.match is not None:
+                self.__dict__[STRANGE] = True
             self.match = None
             return
         kernels, bias = self.kernels()
@@ -235,6 +241,8 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
             take_attributes(branch.bank, banks)
             branches.append(branch)
         self.branches = nn.ModuleList(branches).train(self.training)
+        if self.match is not None:
+            self.__dict__[STRANGE] = True
         self.match = self.origin = None  # what it replaced can no longer be rebuilt from it
         self.clear_cache()
 

@@ -5,6 +5,7 @@ Read in this order:
     copies        the model itself, or a copy that shares nothing with it
     convert       from matches to modules in the original tree: everything, or nothing
     sharing       the bank whose placements come closest to given kernels
+    savers        what others write of a model, and that it is not read at random
     origin        what a layer took the place of, and weights that have its names
     approximate   mode "shiftwise": the paper's module, as close to a layer as its bank allows
     tuning        the form of every layer, by hand or by measuring

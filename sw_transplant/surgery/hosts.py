@@ -2,15 +2,16 @@
 
 A model of transformers is saved by its ``save_pretrained`` and read by ``from_pretrained``. What these need to know of
 Shiftwise layers is told in room ``hf``. That room stands above this one, is optional and slow to import, so nothing may
-import it unasked: here it has a name only. It is imported when a model is at hand whose class comes from that library;
-then the library is there already.
+import it unasked: here it has a name only. It is imported when a model is at hand whose class comes from that library,
+or when the library is there already: the model at hand may become a part of one of its models.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ METHOD = "shiftwise"
 """The name under which libraries know this package."""
 
 _ROOMS = {"transformers": "sw_transplant.hf"}
+_SIGNS = {"transformers.modeling_utils": "transformers"}
+"""Modules that are imported where models of a library can be."""
 _HOSTS: dict[str, Host] = {}
 
 
@@ -29,13 +32,8 @@ class Host(Protocol):
     def check(self, model: nn.Module) -> None:
         """Raises ValueError where layers of the model must not be exchanged; before any is."""
 
-    def follow(self, model: nn.Module, strange: Sequence[str] = ()) -> None:
-        """Notes which layers of a model are Shiftwise now.
-
-        Args:
-            model: changed in place: what its library keeps in it, not its layers.
-            strange: layers that are plain again and have other names or shapes than the original.
-        """
+    def follow(self, model: nn.Module) -> None:
+        """Notes in a model which layers of it are Shiftwise now."""
 
     def saves(self, model: nn.Module) -> bool:
         """Whether this very model, and not only a part of it, is written by the library."""
@@ -67,4 +65,19 @@ def hosts_of(model: nn.Module) -> list[Host]:
     libraries = sorted({base.__module__.partition(".")[0] for base in classes} & _ROOMS.keys())
     for library in libraries:
         importlib.import_module(_ROOMS[library])
+    import_rooms()
     return [_HOSTS[library] for library in libraries]
+
+
+def import_rooms() -> bool:
+    """Imports the rooms of the libraries that are there.
+
+    Returns:
+        Whether there was one that had not been imported yet.
+    """
+    missing = [_ROOMS[library] for sign, library in _SIGNS.items() if sign in sys.modules]
+    missing = [room for room in missing if room not in sys.modules]
+    for room in missing:
+        with suppress(ImportError):  # a library too old for its room; its own models have asked for the room before
+            importlib.import_module(room)
+    return bool(missing)

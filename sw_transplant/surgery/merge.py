@@ -13,7 +13,7 @@ from sw_transplant.find.keep import give_back_attributes
 from sw_transplant.forms import DenseKernel
 from sw_transplant.geometry import BranchGeometry, FilledGeometry, Size
 from sw_transplant.layers.parameters import take_attributes
-from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.layers.shiftwise_conv2d import STRANGE, ShiftwiseConv2d
 from sw_transplant.surgery.copies import operand
 from sw_transplant.surgery.hosts import hosts_of
 
@@ -58,14 +58,15 @@ def merge(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise ValueError(f"merge: {type(model).__name__} has no Shiftwise module, expected a model from convert(model)")
     if isinstance(target, ShiftwiseConv2d):
         return merged[target]
-    paths = {module: path for path, module in target.named_modules()}
-    strange = [paths[module] for module, plain in merged.items() if not _is_what_it_replaced(module, plain)]
+    for module, plain in merged.items():
+        if not _is_what_it_replaced(module, plain):
+            plain.__dict__[STRANGE] = True
     for parent in list(target.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, ShiftwiseConv2d):
                 parent._modules[name] = merged[child]
     for host in hosts_of(target):
-        host.follow(target, strange)
+        host.follow(target)
     return target
 
 

@@ -21,6 +21,7 @@ from sw_transplant.layers.branch import Branch
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.ops.depthwise import is_channels_last
+from sw_transplant.surgery.savers import STAND_IN, watch_savers
 
 
 class Origin:
@@ -91,6 +92,7 @@ def remember(layer: ShiftwiseConv2d, site: nn.Module, match: Match) -> None:
         except Exception:  # a foreign class may fail in any way; it is asked for again when the way back is taken
             layer.origin = None
     layer.register_load_state_dict_pre_hook(_read_original_names)
+    watch_savers(layer)
 
 
 def branches_of(layer: ShiftwiseConv2d) -> list[Branch]:
@@ -183,10 +185,6 @@ def _read_original_names(
             if branch.is_identity:
                 read.setdefault(f"{prefix}branches.{i}.bank", branch.bank)
     state.update(read)
-
-
-STAND_IN = (1,)
-"""Shape of what stands under an original kernel's name where the kernel has no dense form: no plain model takes it."""
 
 
 def _is_ours(name: str) -> bool:
