@@ -7,6 +7,7 @@ Read in this order:
     origin        what a layer took the place of, and weights that have its names
     approximate   mode "shiftwise": the paper's module, as close to a layer as its bank allows
     calibration   the same by calibration on images
+    distill       training towards the original, without labels
     tuning        the form of every layer, by hand or by measuring
     merge         back to plain convolutions, as few as do
     restore       back to the original modules

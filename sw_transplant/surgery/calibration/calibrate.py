@@ -32,7 +32,7 @@ from sw_transplant.surgery.calibration.responses import Ask, Seen, Visit, run_pa
 from sw_transplant.surgery.calibration.sensitivity import sensitivities
 from sw_transplant.surgery.calibration.statistics import set_statistics
 from sw_transplant.surgery.calibration.sums import Sums
-from sw_transplant.surgery.calibration.synthetic import synthesise
+from sw_transplant.surgery.calibration.synthetic import image_shape, synthesise
 from sw_transplant.surgery.origin import remember
 
 
@@ -99,7 +99,8 @@ def read_calibration(model: nn.Module, calibration: Calibration) -> Images:
     """The images of a calibration, checked; made where they are ``"synthetic"``."""
     data = calibration.images
     if isinstance(data, str) and data == "synthetic":
-        data = synthesise(model, calibration.input_size, calibration.count, progress=calibration.progress)
+        shape = image_shape(model, calibration.input_size)
+        data = synthesise(model, shape, calibration.count, progress=calibration.progress)
     return read_images(data, calibration.batch_size, calibration.held_out)
 
 

@@ -55,8 +55,8 @@ class Problem:
 
     def select(self, channels: Tensor) -> Problem:
         """That of some channels."""
-        values = (self.gram, self.right, self.constant, self.ridge, self.kernel, self.kernel_energy)
-        return Problem(*(value[channels] for value in values), self.taps, self.moments.select(channels))
+        tensors = {name: value[channels] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Problem(**tensors, taps=self.taps, moments=self.moments.select(channels))
 
 
 @dataclass(frozen=True)

@@ -85,13 +85,9 @@ def fit_module(
     )  # fmt: skip
     module = _make(plain, match, spec, fit, orders, problem.moments, active, config)
     centred = problem.energy.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    report = LayerReport(
-        match.path,
-        sums.positions,
-        *(float(each.sum() / centred) for each in (before, after, least_possible(problem))),
-        len(bypass),
-        float(error / energy),
-    )
+    firsts = (before, after, least_possible(problem))
+    drawn, chosen, least = (float(each.sum() / centred) for each in firsts)
+    report = LayerReport(match.path, sums.positions, drawn, chosen, least, len(bypass), float(error / energy))
     return module, report
 
 

@@ -13,6 +13,7 @@ maps without those lines hold the rest, and Fourier transforms make them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,12 +103,13 @@ class Moments:
     positions: int
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Moments)))
+        total: dict[str, Any] = {e.name: getattr(self, e.name) + getattr(other, e.name) for e in fields(Moments)}
+        return Moments(**total)
 
     def select(self, channels: Tensor) -> Moments:
         """Those of some channels."""
-        values = [getattr(self, each.name) for each in fields(Moments)]
-        return Moments(*(value[channels] if isinstance(value, Tensor) else value for value in values))
+        values = {each.name: getattr(self, each.name) for each in fields(Moments)}
+        return Moments(**{name: v[channels] if isinstance(v, Tensor) else v for name, v in values.items()})
 
     def spread(self, taps: Taps) -> Moments:
         """The same over all taps of the strips, zeros for those that do not reach the map: for maps of other sizes."""
@@ -193,8 +195,8 @@ class Accumulator:
         across = self._crossings().reshape(channels, n * wide, high * n)
         gram = torch.cat([torch.cat([horizontal[0], across], 2), torch.cat([across.mT, turned], 2)], 1)
         right, sums = (torch.cat([horizontal[i], vertical[i].view(channels, n, high).mT.flatten(1)], 1) for i in (1, 2))
-        totals = [self._sums[name] for name in ("target", "target_squared", "passed")]
-        return Moments(gram, right, sums, *totals, self.positions)
+        totals = {name: self._sums[name] for name in ("target", "target_squared", "passed")}
+        return Moments(gram=gram, right=right, sums=sums, positions=self.positions, **totals)
 
     def _strip(self, name: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gram matrix, products with the targets and sums of a strip's taps: sums along diagonals of line products."""

@@ -126,18 +126,14 @@ def _swap(
 
 
 def _columns(orders: Orders, pair: Tensor, problem: Problem) -> Tensor:
-    """The columns of the assembly that belong to two tiles of each channel."""
-    few = Orders(*(order.gather(2, pair[None].expand(len(order), -1, -1)) for order in orders[:2]), orders.identity)
-    return _few(few, pair, problem)
-
-
-def _few(orders: Orders, pair: Tensor, problem: Problem) -> Tensor:
+    """The columns of the assembly that belong to two tiles of each channel, ``(C, P, 2 n n)``."""
+    strips = [order.gather(2, pair[None].expand(len(order), -1, -1)).long() for order in orders[:2]]
     taps = problem.taps
     n, whole = taps.tile, taps.whole
     tiles = whole // n
     place = torch.eye(tiles, dtype=torch.float64, device=pair.device)
     one = torch.eye(n, dtype=torch.float64, device=pair.device)
-    along, down = (place[order.long()].sum(0) for order in orders[:2])  # (C, 2, place)
+    along, down = (place[order].sum(0) for order in strips)  # (C, 2, place)
     taken = (orders.identity[:, :, None] == pair[None]).sum(0).double()  # (C, 2)
     shape = (len(pair), n * whole, 2 * n * n)
     made = torch.cat(

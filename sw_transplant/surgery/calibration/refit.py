@@ -147,7 +147,7 @@ def _probe(model: nn.Module, block: str, line: str, images: Images) -> Tensor:
 
 
 def _width(layer: nn.Module) -> int:
-    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
+    return layer.weight.shape[0]  # type: ignore[return-value, union-attr, index]
 
 
 def _refit(

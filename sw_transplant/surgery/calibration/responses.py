@@ -167,5 +167,21 @@ def _quiet(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode, gradients for activations and none for parameters; everything as before afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with torch.enable_grad():
+        try:
+            model.eval().requires_grad_(False)
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+            for parameter, trains in wanted:
+                parameter.requires_grad_(trains)
+
+
 def _copies(value: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, torch.clone, value)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sw_transplant.surgery.calibration.images import Images
+from sw_transplant.surgery.calibration.responses import frozen
 
 _IMAGES, _PROJECTIONS = 64, 4
 """How many images suffice for C x C numbers that all positions share in, and projections of each output."""
@@ -38,6 +39,7 @@ def sensitivities(model: nn.Module, images: Images, layers: Mapping[str, nn.Modu
         By path. The identity for layers that no gradient reaches, and for all where the output has none.
     """
     totals: dict[str, Tensor] = {}
+    channels = dict.fromkeys(layers, 0)
     probes: list[tuple[str, Tensor]] = []
     generator = torch.Generator().manual_seed(seed)
     count = 0
@@ -46,6 +48,7 @@ def sensitivities(model: nn.Module, images: Images, layers: Mapping[str, nn.Modu
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
             probe = torch.zeros_like(output, requires_grad=True)
             probes.append((path, probe))
+            channels[path] = output.shape[1]
             return output + probe
 
         return hook
@@ -75,14 +78,7 @@ def sensitivities(model: nn.Module, images: Images, layers: Mapping[str, nn.Modu
         if count >= _IMAGES:
             raise _SufficientError
 
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    flags = [(module, module.training) for module in model.modules()]
-    with ExitStack() as undo:
-        undo.callback(lambda: [setattr(module, "training", flag) for module, flag in flags])
-        undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in wanted])
-        undo.enter_context(torch.random.fork_rng(devices=[]))
-        undo.enter_context(torch.enable_grad())
-        model.eval().requires_grad_(False)
+    with frozen(model), torch.random.fork_rng(devices=[]), ExitStack() as undo:
         for path, layer in layers.items():
             undo.callback(layer.register_forward_hook(insert(path)).remove)
         undo.callback(model.register_forward_hook(gather).remove)
@@ -92,20 +88,19 @@ def sensitivities(model: nn.Module, images: Images, layers: Mapping[str, nn.Modu
                 run(model)
             except _SufficientError:
                 break
-    return _normalised(totals, layers)
+    return _normalised(totals, channels)
 
 
-def _normalised(totals: dict[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def _normalised(totals: dict[str, Tensor], channels: Mapping[str, int]) -> dict[str, Tensor]:
     """Scaled alike, so that the diagonals average to 1."""
     good = {path: total for path, total in totals.items() if bool(torch.isfinite(total).all()) and bool(total.any())}
     mean = torch.cat([total.diagonal() for total in good.values()]).mean() if good else torch.ones(())
     result = {}
-    for path, layer in layers.items():
+    for path in channels:
         if path in good:
             result[path] = good[path] / mean.to(good[path])
         else:
-            channels = layer.out_channels if hasattr(layer, "out_channels") else 0
-            result[path] = torch.eye(int(channels), dtype=torch.float64)
+            result[path] = torch.eye(channels[path], dtype=torch.float64)
     return result
 
 
