@@ -12,6 +12,7 @@ CONFIG_VERSION = 1
 Mode = Literal["laid_out", "shiftwise"]
 Form = Literal["auto", "shift", "assembled", "gemm", "toeplitz"]
 Nonfinite = Literal["anywhere", "local"]
+GhostBudget = Literal["layer", "global"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class SWConfig:
             False replaces the convolutions one by one.
         paths, ghost, seed: of mode ``"shiftwise"`` only: the paper's 2 parallel banks, its fraction 0.23 of channels
             that bypass the module, and the seed of everything that is drawn.
+        ghost_budget: ``"layer"``: the fraction ``ghost`` of every layer. ``"global"``: as many on average, more where
+            they are missed least; that takes calibration images (:func:`convert`).
 
     Raises:
         ValueError: an argument is outside its range.
@@ -58,6 +61,7 @@ class SWConfig:
     paths: int = 2
     ghost: float = 0.23
     seed: int = 123
+    ghost_budget: GhostBudget = "layer"
 
     def __post_init__(self) -> None:
         for name in ("min_kernel", "tile", "edges", "paths", "seed"):  # NumPy's integers are integers, too
@@ -70,6 +74,10 @@ class SWConfig:
             raise ValueError(f"SWConfig.form: got {self.form!r}, expected one of {get_args(Form)}")
         if self.nonfinite not in get_args(Nonfinite):
             raise ValueError(f"SWConfig.nonfinite: got {self.nonfinite!r}, expected one of {get_args(Nonfinite)}")
+        if self.ghost_budget not in get_args(GhostBudget):
+            raise ValueError(
+                f"SWConfig.ghost_budget: got {self.ghost_budget!r}, expected one of {get_args(GhostBudget)}"
+            )
         for name in ("min_kernel", "paths"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"SWConfig.{name}: got {getattr(self, name)!r}, expected an integer of at least 1")

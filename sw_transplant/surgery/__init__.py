@@ -8,6 +8,8 @@ Read in this order:
     savers        what others write of a model, and that it is not read at random
     origin        what a layer took the place of, and weights that have its names
     approximate   mode "shiftwise": the paper's module, as close to a layer as its bank allows
+    calibration   the same by calibration on images
+    distill       training towards the original, without labels
     tuning        the form of every layer, by hand or by measuring
     freezing      inference without work on weights, compiled and captured calls included
     warming       every kernel compiled ahead of the calls that need it

@@ -32,6 +32,10 @@ class SharedSpec:
 
     Attributes:
         energy_kept: share of the original kernel's energy (squared taps, BatchNorm folded) that the new one keeps.
+        response_error: where it was calibrated: squared error of the layer's responses on the calibration images,
+            relative to those of the original; None where it was not.
+        agreement: on how many of how many images that were held out the whole network chose the original's class;
+            None where none were.
     """
 
     kernel_size: int
@@ -42,6 +46,8 @@ class SharedSpec:
     residual: bool
     seed: int
     energy_kept: float
+    response_error: float | None = None
+    agreement: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The specification, ready for JSON."""
@@ -55,7 +61,9 @@ class SharedSpec:
             ValueError: fields are missing or unknown.
         """
         try:
-            return cls(**{**values, "ghosts": tuple(values["ghosts"])})
+            agreement = values.get("agreement")
+            pair = None if agreement is None else (int(agreement[0]), int(agreement[1]))
+            return cls(**{**values, "ghosts": tuple(values["ghosts"]), "agreement": pair})
         except (KeyError, TypeError) as error:
             raise ValueError(f"{values!r:.80}: not the description of a shiftwise layer ({error})") from error
 
@@ -124,9 +132,14 @@ def build_shared(original: ShiftwiseConv2d, match: Match, config: SWConfig) -> S
     module = spec.build(match, form=config.form, device=like.device, dtype=like.dtype)
     orders = (whole.horizontal[:, active], whole.vertical[:, active], whole.identity[:, active])
     module.set_orders(*orders)  # those that the bank was solved for
-    _split(bank[active], module, config.seed)
+    split_bank(bank[active], module, config.seed)
     if bias is not None:
         module.norm("identity").bias.copy_(bias[active.to(bias.device)])  # type: ignore[union-attr, operator]
+    return finish_shared(module, original)
+
+
+def finish_shared(module: SWConv2d, original: ShiftwiseConv2d) -> SWConv2d:
+    """Gives the module what belongs to the layer beside its values: parameters' attributes, mode, whether it trains."""
     for path in module.paths:
         take_attributes(path.weight, [branch.bank for branch in original.parts() if not branch.is_identity])
     trained = any(parameter.requires_grad for parameter in original.parameters())
@@ -163,7 +176,7 @@ def _closest(module: SWConv2d, target: DenseKernel) -> tuple[Tensor, Tensor]:
     return bank, torch.where(energy > 0, 1 - missed / energy.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
 
 
-def _split(bank: Tensor, module: SWConv2d, seed: int) -> None:
+def split_bank(bank: Tensor, module: SWConv2d, seed: int) -> None:
     """Shares a bank out to the parallel paths: equal parts, plus noise of deviation 0.02 that adds up to nothing.
 
     Without the noise the paths would have the same gradients for ever, and be one.

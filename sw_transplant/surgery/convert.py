@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -14,13 +15,20 @@ from sw_transplant.find.search import inspect_model
 from sw_transplant.find.select import Select
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.approximate import build_shared
+from sw_transplant.surgery.calibration.calibrate import calibrate
+from sw_transplant.surgery.calibration.options import Calibration
 from sw_transplant.surgery.copies import operand
 from sw_transplant.surgery.hosts import hosts_of
 from sw_transplant.surgery.origin import remember
 
 
 def convert(
-    model: nn.Module, config: SWConfig | None = None, *, select: Select = None, inplace: bool = False
+    model: nn.Module,
+    config: SWConfig | None = None,
+    *,
+    select: Select = None,
+    inplace: bool = False,
+    calibration: Any = None,
 ) -> nn.Module:
     """Rewrites the large depthwise convolutions of a model into Shiftwise modules.
 
@@ -32,13 +40,19 @@ def convert(
 
     In mode ``"shiftwise"`` each of these places gets the paper's module instead (:class:`sw_conv2d.SWConv2d`), as close
     to the original kernels as least squares can bring it. That changes the function: :func:`summary` tells which share
-    of the kernels' energy is kept; fine-tune the model.
+    of the kernels' energy is kept; fine-tune the model. With ``calibration`` images the modules are fitted to what the
+    original layers answer on them instead, one after the other in the order of execution (docs/transplanting.md): some
+    ten unlabelled images keep most of the accuracy.
 
     Args:
         model: any module; call :func:`inspect_model` to see what will be converted, and what not and why.
         config: what to look for and how to run it; None for ``SWConfig()``.
         select: glob patterns of layer paths, or a function ``(path, module) -> bool``; None for all.
         inplace: change ``model`` itself instead of a deep copy.
+        calibration: of mode ``"shiftwise"``: unlabelled images. A tensor (N, C, H, W), preprocessed; a list or
+            DataLoader of such tensors, of pairs (images, labels) or of dicts for the forward; a function that runs the
+            model it is given; ``"synthetic"`` where there are no images; or a :class:`Calibration` with any of these
+            and with settings, which then holds the report. The model runs in eval mode, many times.
 
     Returns:
         The converted model: a copy, or with ``inplace`` the model itself. Where the model as a whole is such a
@@ -46,7 +60,8 @@ def convert(
 
     Raises:
         NoLargeKernelError: there is nothing to convert, and nothing was converted before.
-        ValueError: ``model`` or an argument is not what it should be.
+        ValueError: ``model`` or an argument is not what it should be; calibration images that are none, are not finite,
+            do not reach a layer, or are too few for it.
 
     In every case of an error the model is left as it was.
 
@@ -64,12 +79,43 @@ def convert(
     hosts = hosts_of(model)
     for host in hosts:
         host.check(model)
+    if calibration is not None or config.ghost_budget == "global":
+        converted = _convert_calibrated(model, inspection, config, calibration, inplace)
+        for host in hosts:
+            host.follow(converted)
+        return converted
     target = operand(model, inplace=inplace)
     built = [(match, _build_for(find_site(target, match.path), match, config)) for match in inspection.matches]
     converted = put(target, built)
     for host in hosts:
         host.follow(converted)
     return converted
+
+
+def _convert_calibrated(
+    model: nn.Module, inspection: Inspection, config: SWConfig, calibration: Any, inplace: bool
+) -> nn.Module:
+    """What runs is the model and a copy that is converted layer by layer; in place, its parts then go over."""
+    if config.mode != "shiftwise":
+        raise ValueError(
+            f"convert: calibration with mode {config.mode!r}, whose function is exact; expected mode 'shiftwise'"
+        )
+    if calibration is None:
+        raise ValueError("convert: ghost_budget 'global' compares layers by their responses; give calibration=images")
+    try:
+        twin = operand(model, inplace=False)
+    except ValueError as error:
+        raise ValueError(f"{error}. Calibration needs a copy to convert, in place, too") from error
+    settings = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
+    converted = calibrate(model, twin, inspection.matches, config, settings)
+    if not inplace:
+        return converted
+    built = [(match, find_site(converted, match.path)) for match in inspection.matches]
+    refitted = [find_site(converted, each.path).state_dict() for each in settings.report.refitted]
+    result = put(model, built)  # type: ignore[arg-type]
+    for each, state in zip(settings.report.refitted, refitted, strict=True):
+        find_site(model, each.path).load_state_dict(state)
+    return result
 
 
 def put(model: nn.Module, built: Sequence[tuple[Match, ShiftwiseConv2d]]) -> nn.Module:

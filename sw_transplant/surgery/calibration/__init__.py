@@ -1,0 +1,21 @@
+"""Calibration: the paper's module fitted to what a trained network answers on a handful of unlabelled images.
+
+docs/transplanting.md has the mathematics and the measurements. Read in this order:
+
+    calibrate       the whole of it: layer after layer, in the order of execution
+    options         what may be said beside the images, and the report
+    images          what users give as images
+    synthetic       images where there are none
+    responses       running both networks side by side, looking at layers inside
+    moments         second moments of a layer's input over the taps of strips, without making shifted maps
+    sums            these over all runs, for maps of any sizes
+    layer           from the sums to the module
+    fit             the normal equations: bank, scales of the branches, bias
+    orders          choosing the orders of the tiles
+    sensitivity     what errors of channels cost downstream
+    ghosts          which channels bypass a module, and how many of each layer
+    compensation    all channels of a layer together, making up for each other
+    statistics      BatchNorm statistics, so that train mode starts from the same function
+    refit           linear layers behind a module
+    progress        how far it is
+"""

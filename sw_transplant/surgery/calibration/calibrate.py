@@ -1,0 +1,196 @@
+"""Calibration: the paper's modules fitted to the responses of the layers that they replace, one after the other.
+
+In the order of execution. A layer's input comes from the network converted so far, its target from the original: so
+each module also makes up for what those before it got wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sw_transplant.config import SWConfig
+from sw_transplant.find.candidate import build, check_parameters, find_site
+from sw_transplant.find.keep import keep_attributes
+from sw_transplant.find.match import Match
+from sw_transplant.find.shared import active_count, shared_tile
+from sw_transplant.layers.sw_conv2d import SWConv2d
+from sw_transplant.surgery.approximate import build_shared
+from sw_transplant.surgery.calibration.compensation import Kept
+from sw_transplant.surgery.calibration.fit import least_possible
+from sw_transplant.surgery.calibration.ghosts import share_out
+from sw_transplant.surgery.calibration.images import Images, read_images
+from sw_transplant.surgery.calibration.layer import fit_module, pose_for
+from sw_transplant.surgery.calibration.options import Calibration, CalibrationReport
+from sw_transplant.surgery.calibration.progress import progress_bar
+from sw_transplant.surgery.calibration.refit import refit_after
+from sw_transplant.surgery.calibration.responses import Ask, Seen, Visit, run_pairs, visits
+from sw_transplant.surgery.calibration.sensitivity import sensitivities
+from sw_transplant.surgery.calibration.statistics import set_statistics
+from sw_transplant.surgery.calibration.sums import Sums
+from sw_transplant.surgery.calibration.synthetic import image_shape, synthesise
+from sw_transplant.surgery.origin import remember
+
+
+@torch.no_grad()
+def calibrate(
+    original: nn.Module, target: nn.Module, matches: Sequence[Match], config: SWConfig, calibration: Calibration
+) -> nn.Module:
+    """Puts calibrated modules into a copy of a model.
+
+    Args:
+        original: the model; it runs, and is as it was afterwards.
+        target: a copy of it, changed in place.
+        matches: what to replace.
+        config: of mode ``"shiftwise"``.
+        calibration: the images, and how to use them.
+
+    Returns:
+        ``target``, or the module that takes its place.
+
+    Raises:
+        ValueError: the images are not what they should be, do not reach a layer, or have too few positions for it.
+    """
+    images = read_calibration(original, calibration)
+    sites = {match.path: find_site(original, match.path) for match in matches}
+    met = _check(original, images, matches, sites, config)
+    order = sorted(matches, key=lambda match: met[match.path].rank)
+    calibration.report.layers.clear()
+    many = any(visit.calls > 1 for visit in met.values())
+    bar = progress_bar(calibration.progress, len(order) + 1, "calibrating")
+    with bar as step, torch.random.fork_rng(devices=[]):  # modules draw filters before they get theirs
+        step("sensitivity")
+        weights = sensitivities(original, images, sites, config.seed) if calibration.fit == "responses" else {}
+        ghosts = {match.path: match.out_channels - active_count(match.out_channels, config) for match in order}
+        if config.ghost_budget == "global" and calibration.fit == "responses":
+            ghosts = _global_budget(original, images, order, config, calibration, weights, many)
+        for match in order:
+            step(match.path)
+            site = find_site(target, match.path)
+            check_parameters(site, match, mode=config.mode)
+            plain = build(site, match, form=config.form)
+            if calibration.fit == "kernels":
+                module = build_shared(plain, match, config)
+            else:
+                sums, kept = Sums(match.path, max(plain.kernel_size), shared_tile(config), match.stride), Kept()
+                _collect(original, target, match.path, images, many, [sums, kept])
+                module, report = fit_module(
+                    plain, match, sums, kept, weights[match.path], ghosts[match.path], config, calibration
+                )
+                calibration.report.layers.append(report)
+            keep_attributes(module, site, match)
+            module.nonfinite = config.nonfinite
+            remember(module, site, match)
+            target = _put(target, match, module)
+            if calibration.refit and match.path and calibration.fit == "responses":
+                done = refit_after(original, target, match.path, images, calibration.refit_ridge)
+                calibration.report.layers[-1] = replace(calibration.report.layers[-1], refitted=tuple(done))
+    if calibration.fit == "kernels":
+        set_statistics(target, images)
+    _count_agreement(original, target, images, calibration.report)
+    return target
+
+
+def read_calibration(model: nn.Module, calibration: Calibration) -> Images:
+    """The images of a calibration, checked; made where they are ``"synthetic"``."""
+    data = calibration.images
+    if isinstance(data, str) and data == "synthetic":
+        shape = image_shape(model, calibration.input_size)
+        data = synthesise(model, shape, calibration.count, progress=calibration.progress)
+    return read_images(data, calibration.batch_size, calibration.held_out)
+
+
+def _check(
+    model: nn.Module, images: Images, matches: Sequence[Match], sites: dict[str, nn.Module], config: SWConfig
+) -> dict[str, Visit]:
+    """Which layers the images reach. Whether that is enough shows once all have been through; here: whether any do."""
+    met = visits(model, images, sites)
+    if missing := sorted(sites.keys() - met.keys()):
+        raise ValueError(
+            f"calibration: the images do not reach {missing}; give images or a function that run the model through "
+            "these layers, or leave them out with select=..."
+        )
+    return met
+
+
+def _collect(
+    original: nn.Module, target: nn.Module | None, path: str, images: Images, whole: bool, into: Sequence[Any]
+) -> None:
+    """What a layer gets in the network converted so far (None: in the original), and what the original's gives."""
+
+    def use(before: Seen, now: Seen) -> None:
+        inputs, targets = now.get("x", []), (now if target is None else before).get("y", [])
+        if len(inputs) != len(targets):
+            raise ValueError(
+                f"{path or 'model'}: the original calls this layer {len(targets)} times and the converted network "
+                f"{len(inputs)} times, expected as often; calibrate on images that take the same way through both, run "
+                "the model itself and no part of it, or leave the layer out with select=..."
+            )
+        for x, y in zip(inputs, targets, strict=True):
+            for each in into:
+                each.add(x, y)
+
+    site = find_site(original, path)
+    if target is None:
+        ask: Ask = {"x": (site, "input"), "y": (site, "output")}
+        run_pairs(None, original, images, {}, ask, use, whole=whole)
+    else:
+        here = find_site(target, path)
+        run_pairs(original, target, images, {"y": (site, "output")}, {"x": (here, "input")}, use, whole=whole)
+
+
+def _put(target: nn.Module, match: Match, module: SWConv2d) -> nn.Module:
+    """Puts one module into all its places."""
+    if match.path == "":
+        return module
+    for place in (match.path, *match.aliases):
+        parent, _, name = place.rpartition(".")
+        find_site(target, parent)._modules[name] = module
+    return target
+
+
+def _global_budget(
+    original: nn.Module,
+    images: Images,
+    matches: Sequence[Match],
+    config: SWConfig,
+    calibration: Calibration,
+    weights: dict[str, Tensor],
+    whole: bool,
+) -> dict[str, int]:
+    """How many ghosts each layer gets; their costs are those on the original's own maps."""
+    costs = {}
+    for match in matches:
+        plain = build(find_site(original, match.path), match, form=config.form)
+        sums = Sums(match.path, max(plain.kernel_size), shared_tile(config), match.stride)
+        _collect(original, None, match.path, images, whole, [sums])
+        problem = pose_for(plain, sums, calibration.ridge)
+        missed = problem.moments.passed - least_possible(problem)
+        costs[match.path] = missed * weights[match.path].diagonal().to(missed) / sums.images
+    return share_out(costs, config.ghost)
+
+
+@torch.no_grad()
+def _count_agreement(original: nn.Module, target: nn.Module, images: Images, report: CalibrationReport) -> None:
+    """Runs both networks on the images that were held out, and notes it in the report and with every layer."""
+    same = count = 0
+
+    def use(before: Seen, now: Seen) -> None:
+        nonlocal same, count
+        for a, b in zip(before.get("out", ()), now.get("out", ()), strict=True):
+            same, count = same + int((a.argmax(1) == b.argmax(1)).sum()), count + len(a)
+
+    run = next(images.runs(held_out=True), None)
+    report.agreement = None
+    if run is None:
+        return
+    run_pairs(original, target, images, {"out": (original, "logits")}, {"out": (target, "logits")}, use, held_out=True)
+    if count:
+        report.agreement = (same, count)
+        for module in target.modules():
+            if isinstance(module, SWConv2d) and module.spec is not None:
+                module.spec = replace(module.spec, agreement=report.agreement)

@@ -1,0 +1,248 @@
+"""The normal equations of a layer: second moments of its input over the taps of both strips, summed batch by batch.
+
+A depthwise module is linear in its taps, channel by channel. What least squares need to know of the calibration images
+is the Gram matrix of the shifted inputs and their products with the targets. The taps are those of the paper's module
+that reach the map: a horizontal strip of n rows and L columns, and a vertical one of L rows and n columns.
+
+No shifted input is ever made. Two taps of one strip are n rows and any columns apart: products of lines (W x W per pair
+of rows) hold all their sums, along diagonals. A tap of each strip: the zeros outside the map cut only rows that the
+short side of the first reaches over, and columns that the short side of the other does; so n * n cross-correlations of
+maps without those lines hold the rest, and Fourier transforms make them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sw_transplant.geometry import Size
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Where the taps of the strips lie, as offsets from the centre, and which of them reach a map.
+
+    Attributes:
+        length: M of the module.
+        tile: n; the strips are n wide.
+        in_size, out_size, stride: of the map.
+    """
+
+    length: int
+    tile: int
+    in_size: Size
+    out_size: Size
+    stride: Size
+
+    @property
+    def whole(self) -> int:
+        """Taps along a strip: n * T."""
+        return -(-self.length // self.tile) * self.tile
+
+    @property
+    def across(self) -> range:
+        """Offsets over the short side."""
+        return range(-(self.tile // 2), self.tile - self.tile // 2)
+
+    @property
+    def along(self) -> range:
+        """Offsets over the long side, whether they reach the map or not."""
+        return range(-(self.length // 2), self.whole - self.length // 2)
+
+    def reaching(self, axis: int) -> range:
+        """The offsets over the long side along this axis that come to lie on the map for some output."""
+        first = -(self.out_size[axis] - 1) * self.stride[axis]
+        return range(max(self.along.start, first), min(self.along.stop, self.in_size[axis]))
+
+    @property
+    def offsets(self) -> Tensor:
+        """``(P, 2)`` rows ``(dy, dx)``: the horizontal strip row by row, then the vertical one."""
+        horizontal = [(dy, dx) for dy in self.across for dx in self.reaching(1)]
+        vertical = [(dy, dx) for dy in self.reaching(0) for dx in self.across]
+        return torch.tensor(horizontal + vertical, device="cpu")
+
+    @property
+    def rows_of_whole(self) -> Tensor:
+        """``(P,)``: where these taps are among all 2 * n * (n T) of the strips, in the same order."""
+        numbers = torch.arange(2 * self.tile * self.whole, device="cpu")
+        horizontal = numbers[: self.tile * self.whole].view(self.tile, self.whole)
+        vertical = numbers[self.tile * self.whole :].view(self.whole, self.tile)
+        start = self.along.start
+        x, y = self.reaching(1), self.reaching(0)
+        return torch.cat(
+            [
+                horizontal[:, x.start - start : x.stop - start].flatten(),
+                vertical[y.start - start : y.stop - start].flatten(),
+            ]
+        )
+
+
+@dataclass
+class Moments:
+    """Sums over images and positions; ``C`` channels, ``P`` taps.
+
+    Attributes:
+        gram: float64 ``(C, P, P)``, of the input at two taps.
+        right: ``(C, P)``, of input and target.
+        sums: ``(C, P)``, of the input at a tap.
+        target, target_squared: ``(C,)``.
+        passed: ``(C,)``, of (input - target)**2: what a ghost would miss.
+        positions: how many outputs a channel has had.
+    """
+
+    gram: Tensor
+    right: Tensor
+    sums: Tensor
+    target: Tensor
+    target_squared: Tensor
+    passed: Tensor
+    positions: int
+
+    def __add__(self, other: Moments) -> Moments:
+        total: dict[str, Any] = {e.name: getattr(self, e.name) + getattr(other, e.name) for e in fields(Moments)}
+        return Moments(**total)
+
+    def select(self, channels: Tensor) -> Moments:
+        """Those of some channels."""
+        values = {each.name: getattr(self, each.name) for each in fields(Moments)}
+        return Moments(**{name: v[channels] if isinstance(v, Tensor) else v for name, v in values.items()})
+
+    def spread(self, taps: Taps) -> Moments:
+        """The same over all taps of the strips, zeros for those that do not reach the map: for maps of other sizes."""
+        where = taps.rows_of_whole.to(self.gram.device)
+        count = 2 * taps.tile * taps.whole
+        gram = self.gram.new_zeros(len(self.gram), count, count)
+        gram[:, where[:, None], where] = self.gram
+        right, sums = self.gram.new_zeros(2, len(self.gram), count)
+        right[:, where], sums[:, where] = self.right, self.sums
+        return replace(self, gram=gram, right=right, sums=sums)
+
+
+@dataclass
+class Accumulator:
+    """Adds batches up to :class:`Moments`; what it holds does not depend on how many come."""
+
+    taps: Taps
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+    positions: int = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """One batch.
+
+        Args:
+            x: ``(B, C, H, W)``, the module's input.
+            y: ``(B, C, H', W')``, what it should give.
+        """
+        device = "cpu" if x.device.type == "mps" else x.device  # which knows no float64
+        x, y = (each.detach().to(device, torch.float64) for each in (x, y))
+        (sh, sw), (height, width) = self.taps.stride, self.taps.out_size
+        missed = x[:, :, ::sh, ::sw][:, :, :height, :width] - y
+        self._accumulate("passed", missed.square().sum((0, 2, 3)))
+        self._accumulate("target", y.sum((0, 2, 3)))
+        self._accumulate("target_squared", y.square().sum((0, 2, 3)))
+        self._add_lines("rows", x, y, self.taps.stride[0])
+        self._add_lines("columns", x.mT, y.mT, self.taps.stride[1])
+        self._add_crossings(x)
+        self.positions += y.shape[0] * y.shape[2] * y.shape[3]
+
+    def _accumulate(self, name: str, value: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name] += value
+        else:
+            self._sums[name] = value.clone()
+
+    def _add_lines(self, name: str, x: Tensor, y: Tensor, step: int) -> None:
+        """Products of rows that stand ``tile`` apart at most, of rows and targets, and sums of rows."""
+        before, height = -self.taps.across.start, y.shape[2]
+        after = max(0, (height - 1) * step + self.taps.across.stop - x.shape[2])
+        padded = F.pad(x, (0, 0, before, after))
+        shifted = [padded[:, :, i : i + (height - 1) * step + 1 : step] for i in range(self.taps.tile)]
+        lines = torch.cat(shifted, 3).transpose(0, 1).flatten(1, 2)  # (C, B * H', n * W)
+        self._accumulate(f"{name} x {name}", lines.mT @ lines)
+        self._accumulate(f"{name} x targets", lines.mT @ y.transpose(0, 1).flatten(1, 2))
+        self._accumulate(name, lines.sum(1))
+
+    def _add_crossings(self, x: Tensor) -> None:
+        size = [2 * side for side in self.taps.in_size]
+        first = {key: torch.fft.rfft2(_only(x, 2, key), s=size) for key in set(self._lines_read(0))}
+        second = {key: torch.fft.rfft2(_only(x, 3, key), s=size) for key in set(self._lines_read(1))}
+        for a, left in first.items():
+            for b, right in second.items():
+                self._accumulate(f"crossings {a} {b}", (left.conj() * right).sum(0))
+
+    def _lines_read(self, axis: int) -> list[tuple[int, int, int]]:
+        """For every offset over the short side: which rows or columns of the map it reads, as a slice."""
+        step, side = self.taps.stride[axis], self.taps.in_size[axis]
+        last = (self.taps.out_size[axis] - 1) * step
+        return [
+            (offset if offset >= 0 else offset % step, max(0, min(side, offset + last + 1)), step)
+            for offset in self.taps.across
+        ]
+
+    def moments(self) -> Moments:
+        """What has been added up so far."""
+        channels = self._sums["target"].shape[0]
+        taps, n = self.taps, self.taps.tile
+        horizontal = self._strip("rows", 1)
+        vertical = self._strip("columns", 0)
+        # The lines of columns are tap by tap over the short side; here the vertical strip goes row by row.
+        wide, high = len(taps.reaching(1)), len(taps.reaching(0))
+        turned = vertical[0].view(channels, n, high, n, high).permute(0, 2, 1, 4, 3).flatten(3, 4).flatten(1, 2)
+        across = self._crossings().reshape(channels, n * wide, high * n)
+        gram = torch.cat([torch.cat([horizontal[0], across], 2), torch.cat([across.mT, turned], 2)], 1)
+        right, sums = (torch.cat([horizontal[i], vertical[i].view(channels, n, high).mT.flatten(1)], 1) for i in (1, 2))
+        totals = {name: self._sums[name] for name in ("target", "target_squared", "passed")}
+        return Moments(gram=gram, right=right, sums=sums, positions=self.positions, **totals)
+
+    def _strip(self, name: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gram matrix, products with the targets and sums of a strip's taps: sums along diagonals of line products."""
+        n, side, step = self.taps.tile, self.taps.in_size[axis], self.taps.stride[axis]
+        outputs, reach = self.taps.out_size[axis], self.taps.reaching(axis)
+        count = len(reach)
+        before = -reach.start
+        after = max(0, (outputs - 1) * step + reach.stop - side)
+        squares, products, lines = self._sums[f"{name} x {name}"], self._sums[f"{name} x targets"], self._sums[name]
+        channels = lines.shape[0]
+        squares = F.pad(squares.view(channels, n, side, n, side).transpose(2, 3), (before, after, before, after))
+        products = F.pad(products.view(channels, n, side, outputs), (0, 0, before, after))
+        lines = F.pad(lines.view(channels, n, side), (before, after))
+        gram = squares.new_zeros(channels, n, n, count, count)
+        right, sums = lines.new_zeros(2, channels, n, count)
+        for w in range(outputs):
+            here = slice(w * step, w * step + count)
+            gram += squares[..., here, here]
+            right += products[:, :, here, w]
+            sums += lines[:, :, here]
+        return gram.transpose(2, 3).reshape(channels, n * count, n * count), right.flatten(1), sums.flatten(1)
+
+    def _crossings(self) -> Tensor:
+        """``(C, n, wide, high, n)``: a tap of the horizontal strip times one of the vertical strip."""
+        size = [2 * side for side in self.taps.in_size]
+        x, y = (torch.tensor(list(self.taps.reaching(axis)), device="cpu") for axis in (1, 0))
+        rows, columns = self._lines_read(0), self._lines_read(1)
+        known = {
+            (a, b): torch.fft.irfft2(self._sums[f"crossings {a} {b}"], s=size) for a in set(rows) for b in set(columns)
+        }
+        blocks = []
+        for a, dy in zip(rows, self.taps.across, strict=True):
+            line = []
+            for b, dx in zip(columns, self.taps.across, strict=True):
+                down = ((y - dy) % size[0]).to(known[a, b].device)
+                right = ((dx - x) % size[1]).to(known[a, b].device)
+                line.append(known[a, b][:, down[None, :], right[:, None]])  # (C, wide, high)
+            blocks.append(torch.stack(line, -1))
+        return torch.stack(blocks, 1)
+
+
+def _only(x: Tensor, axis: int, lines: tuple[int, int, int]) -> Tensor:
+    """The map without the rows or columns that are not in a slice."""
+    start, stop, step = lines
+    if (start, step) == (0, 1) and stop >= x.shape[axis]:
+        return x
+    kept = torch.zeros(x.shape[axis], dtype=x.dtype, device=x.device)
+    kept[start:stop:step] = 1
+    return x * (kept[:, None] if axis == 2 else kept)

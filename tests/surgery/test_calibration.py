@@ -1,0 +1,362 @@
+"""Calibration: from images of any form to modules whose responses are those of the original, or to a clear error."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sw_transplant import SWConfig, convert, load, save, summary
+from sw_transplant.layers.sw_conv2d import SWConv2d
+from sw_transplant.surgery.calibration.ghosts import cheapest, share_out
+from sw_transplant.surgery.calibration.options import Calibration
+from sw_transplant.surgery.calibration.statistics import set_statistics
+from tests.small_models import Residual, conv
+
+
+def config(**changes):
+    return SWConfig(**{"mode": "shiftwise", "tile": 3, "edges": 2, "ghost": 0.0, **changes})
+
+
+def quick(images, **changes):
+    return Calibration(images, **{"candidates": 1, "swaps": 0, "held_out": 0.0, **changes})
+
+
+class Net(nn.Module):
+    """Two blocks of a depthwise and two pointwise layers, and a head."""
+
+    def __init__(self, channels=8, size=13):
+        super().__init__()
+        self.blocks = nn.Sequential(*[Block(channels, size) for _ in range(2)])
+        self.head = nn.Linear(channels, 5)
+
+    def forward(self, pixel_values):
+        return self.head(self.blocks(pixel_values).mean((2, 3)))
+
+
+class Block(nn.Module):
+    def __init__(self, channels, size):
+        super().__init__()
+        self.large = conv(channels, size)
+        self.first, self.act = nn.Conv2d(channels, 16, 1), nn.GELU()
+        self.second = nn.Conv2d(16, channels, 1)
+
+    def forward(self, x):
+        return x + 0.5 * self.second(self.act(self.first(self.large(x))))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(3)
+    return Net().eval()
+
+
+def images(count=12, size=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, 8, size, size, generator=generator)
+    return nn.functional.avg_pool2d(noise, 5, 1, 2) * 5
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@torch.no_grad()
+def test_responses_come_closer_than_by_kernels(net):
+    x, others = images(40), images(40, seed=1)
+    by_kernels = convert(net, config())
+    settings = quick(x)
+    by_responses = convert(net, config(), calibration=settings)
+    wanted = net.blocks[0].large(others)
+    missed = [distance(model.blocks[0].large(others), wanted) for model in (by_responses, by_kernels)]
+    assert missed[0] < 0.85 * missed[1]
+    assert [layer.path for layer in settings.report.layers] == ["blocks.0.large", "blocks.1.large"]
+    first = settings.report.layers[0]
+    wanted, got = net.blocks[0].large(x), by_responses.blocks[0].large(x)
+    assert first.response_error == pytest.approx(float((got - wanted).square().sum() / wanted.square().sum()), rel=1e-3)
+    assert by_responses.blocks[0].large.spec.response_error == first.response_error
+    assert f"{first.response_error:.1%}" in summary(by_responses)
+    assert "blocks.0.large" in str(settings.report)
+
+
+@torch.no_grad()
+def test_a_layer_makes_up_for_those_before(net):
+    x = images()
+    converted = convert(net, config(), calibration=quick(x, mix=0.0))
+    wanted = net.blocks[1].large(net.blocks[0](x))
+    got = converted.blocks[1].large(converted.blocks[0](x))
+    alone = convert(net.blocks[1].large, config(), calibration=quick(net.blocks[0](x), mix=0.0))
+    assert distance(got, wanted) < distance(alone(converted.blocks[0](x)), wanted)
+
+
+FORMS = {
+    "pieces": lambda x: list(x.split(5)),
+    "pairs": lambda x: [(part, torch.zeros(len(part))) for part in x.split(5)],
+    "dicts": lambda x: [{"pixel_values": part, "labels": torch.zeros(len(part))} for part in x.split(5)],
+    "one dict": lambda x: {"pixel_values": x},
+    "a loader": lambda x: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), 5),
+    "an iterator": lambda x: iter(x.split(5)),
+    "a function": lambda x: lambda model: [model(part) for part in x.split(5)],
+    "a function with names": lambda x: lambda model: model(pixel_values=x),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_images_of_every_form_give_the_same(net, form):
+    x = images()
+    whole = form in ("one dict", "a function with names")
+    one = convert(net, config(ghost=0.25), calibration=quick(x, batch_size=16 if whole else 5))
+    other = convert(net, config(ghost=0.25), calibration=quick(FORMS[form](x)))
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_same_call_gives_the_same_model_and_leaves_the_original(net):
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state = torch.get_rng_state()
+    net.train()
+    frozen = net.head.weight.requires_grad_(False)
+    one, other = (convert(net, config(ghost=0.25), calibration=quick(images(), refit=True)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert net.training
+    assert net.blocks[0].large.training
+    assert one.training
+    assert not frozen.requires_grad
+    assert net.blocks[0].large.weight.requires_grad
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in (*net.modules(), *one.modules()))
+
+
+def test_in_place_gives_the_same(net):
+    x = images()
+    copy = convert(net, config(), calibration=quick(x, refit=True))
+    body = net.blocks
+    assert convert(net, config(), calibration=quick(x, refit=True), inplace=True) is net
+    assert net.blocks is body
+    for name, tensor in copy.state_dict().items():
+        assert torch.equal(net.state_dict()[name], tensor), name
+
+
+BAD = {
+    "a file name": ("images.pt", "got str"),
+    "a number": (7, "got int"),
+    "no images": (torch.zeros(0, 8, 9, 9), r"tensor \(0, 8, 9, 9\)"),
+    "an empty list": ([], "no images"),
+    "whole numbers": (torch.zeros(2, 8, 9, 9, dtype=torch.uint8), "uint8"),
+    "NaN": (torch.full((2, 8, 9, 9), torch.nan), "NaN or infinity"),
+    "NaN in a batch": ([torch.full((2, 8, 9, 9), torch.nan)], r"blocks.0.large: .* in the layer's input"),
+    "labels alone": ([torch.zeros(4, dtype=torch.long)], "batch 0 has a torch.int64 tensor"),
+    "too few": (torch.randn(1, 8, 5, 5), "25 positions .* 45 taps"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_bad_images_are_refused_before_anything_changes(net, case, inplace):
+    given, message = BAD[case]
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        convert(net, config(), calibration=given, inplace=inplace)
+    assert type(net.blocks[0].large) is nn.Conv2d
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+class Unused(nn.Sequential):
+    def forward(self, x):
+        return self[0](x)
+
+
+def test_layers_that_are_not_reached_are_named():
+    model = Unused(conv(8, 9), conv(8, 9))
+    with pytest.raises(ValueError, match=r"do not reach \['1'\]"):
+        convert(model, config(), calibration=images(), inplace=True)
+    assert type(model[0]) is nn.Conv2d
+
+
+@pytest.mark.parametrize("settings", [{"ridge": 0.0}, {"mix": 2}, {"swaps": -1}, {"candidates": 0}, {"fit": "taps"}])
+def test_settings_outside_their_range_are_refused(settings):
+    with pytest.raises(ValueError, match=f"Calibration.{next(iter(settings))}"):
+        Calibration(images(), **settings)
+
+
+def test_calibration_belongs_to_mode_shiftwise(net):
+    with pytest.raises(ValueError, match="expected mode 'shiftwise'"):
+        convert(net, calibration=images())
+    with pytest.raises(ValueError, match="give calibration=images"):
+        convert(net, config(ghost_budget="global"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fit", ["responses", "kernels"])
+def test_train_mode_starts_from_the_same_function(net, fit):
+    x = images(24)
+    converted = convert(net, config(ghost=0.25), calibration=quick(x, fit=fit, held_out=0.0)).eval()
+    evaluated = converted(x)
+    for module in converted.modules():
+        if isinstance(module, SWConv2d):
+            module.train()
+    assert distance(converted(x), evaluated) < 1e-3
+    plain = convert(net, config(ghost=0.25)).train()
+    assert distance(plain(x), plain.eval()(x)) > 0.05
+
+
+@torch.no_grad()
+def test_statistics_of_a_model_that_was_converted_without_images(net):
+    x = images(24)
+    converted = convert(net, config(ghost=0.25)).eval()
+    evaluated = converted(x)
+    set_statistics(converted, x)
+    assert distance(converted(x), evaluated) < 1e-5
+    assert distance(converted.train()(x), evaluated) < 1e-3
+    with pytest.raises(ValueError, match="no module of mode 'shiftwise'"):
+        set_statistics(net, x)
+
+
+@torch.no_grad()
+def test_ghosts_are_the_channels_that_are_missed_least():
+    torch.manual_seed(0)
+    layer = conv(8, 13)
+    layer.weight *= 3
+    layer.weight[[2, 5]] = 0
+    layer.weight[[2, 5], :, 6, 6] = 1
+    layer.bias[[2, 5]] = 0
+    module = convert(nn.Sequential(layer), config(ghost=0.25), calibration=quick(images()))[0]
+    assert module.spec.ghosts == (2, 5)
+
+
+@torch.no_grad()
+def test_one_budget_gives_ghosts_to_the_layers_that_miss_them_least():
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(8, 13), nn.ReLU(), conv(8, 13)).eval()
+    for layer, scale in ((model[0], 0.05), (model[2], 3.0)):
+        layer.weight *= scale
+        layer.weight[:, :, 6, 6] += 1
+    converted = convert(model, config(ghost=0.25, ghost_budget="global"), calibration=quick(images()))
+    assert [len(converted[i].spec.ghosts) for i in (0, 2)] == [4, 0]
+    by_layer = convert(model, config(ghost=0.25), calibration=quick(images()))
+    x = images(seed=1)
+    assert distance(converted(x), model(x)) < distance(by_layer(x), model(x))
+
+
+def test_a_budget_is_shared_out_by_what_ghosts_cost():
+    costs = {"a": torch.tensor([1.0, 1, 1, 1]), "b": torch.tensor([3.0] * 8)}
+    assert share_out(costs, 0.25) == {"a": 2, "b": 0}  # two of four; a quarter of two layers is half a layer
+    assert share_out(costs, 0.5) == {"a": 2, "b": 4}
+    assert cheapest(torch.tensor([3.0, 1, 2, 1]), 2) == (1, 3)
+
+
+@torch.no_grad()
+def test_channels_make_up_for_each_other(net):
+    x = images(40)
+    alone, together = (convert(net, config(ghost=0.5), calibration=quick(x, mix=mix)) for mix in (0.0, 1.0))
+    assert distance(together(x), net(x)) < distance(alone(x), net(x))
+    ours, theirs = (model.blocks[0].large.spec.response_error for model in (together, alone))
+    assert ours > theirs  # of the responses themselves, each channel does best for itself
+
+
+@torch.no_grad()
+def test_refitted_linear_layers_bring_the_output_closer(net):
+    x, others = images(40), images(40, seed=1)
+    plain, settings = convert(net, config(ghost=0.5), calibration=quick(x)), quick(x, refit=True)
+    refitted = convert(net, config(ghost=0.5), calibration=settings)
+    assert distance(refitted(others), net(others)) < 0.8 * distance(plain(others), net(others))
+    done = settings.report.layers[0].refitted
+    assert [each.path for each in done] == ["blocks.0.first", "blocks.0.second"]
+    assert all(each.after < each.before and not each.reason for each in done)
+
+
+def test_a_block_that_does_more_with_its_last_layer_is_not_solved_for(net):
+    class Bent(Block):
+        def forward(self, x):
+            return torch.relu(super().forward(x))
+
+    net.blocks[0].__class__ = Bent
+    settings = quick(images(40), refit=True)
+    convert(net, config(), calibration=settings)
+    reasons = [each.reason for each in settings.report.layers[0].refitted]
+    assert any("does more with its last" in reason for reason in reasons)
+    alone = quick(images(40), refit=True)
+    convert(nn.Sequential(conv(8, 9), nn.ReLU()), config(), calibration=alone)
+    assert "no linear layer" in alone.report.layers[0].refitted[0].reason
+
+
+def test_agreement_is_counted_on_images_that_were_held_out(net):
+    settings = Calibration(images(40), candidates=1, swaps=0, held_out=0.25)
+    converted = convert(net, config(), calibration=settings)
+    same, of = settings.report.agreement
+    assert of == 10
+    with torch.no_grad():
+        x = images(40)[30:]
+        assert same == int((converted(x).argmax(1) == net(x).argmax(1)).sum())
+    assert converted.blocks[1].large.spec.agreement == (same, of)
+    assert f"{same} of {of}" in summary(converted)
+    without = convert(net, config(), calibration=quick(images(40)[:30]))
+    assert torch.equal(without.blocks[0].large.bank, converted.blocks[0].large.bank)
+
+
+def test_outputs_with_logits_and_layers_that_run_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.large, self.head = conv(8, 9), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.large(torch.relu(self.large(x))))
+            return SimpleNamespace(logits=self.head(x.mean((2, 3))), other=None)
+
+    torch.manual_seed(0)
+    settings = Calibration(images(40), candidates=1, swaps=0)
+    convert(Twice().eval(), config(), calibration=settings)
+    assert settings.report.layers[0].positions == 36 * 2 * 81
+    assert settings.report.agreement[1] == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_convolution_alone_of_any_stride_and_dtype(stride, dtype):
+    torch.manual_seed(0)
+    layer = conv(8, 9, stride=stride).to(dtype)
+    x = images(8).to(dtype)
+    module = convert(layer, config(), calibration=quick(x))
+    assert isinstance(module, SWConv2d)
+    assert next(module.parameters()).dtype == dtype
+    error = float((module.eval()(x) - layer(x)).float().square().sum() / layer(x).float().square().sum())
+    assert error == pytest.approx(module.spec.response_error, rel=0.2 if dtype is torch.bfloat16 else 1e-3)
+
+
+@torch.no_grad()
+def test_maps_of_several_sizes():
+    torch.manual_seed(0)
+    layer = nn.Sequential(conv(8, 9))
+    batches = [images(6, 9), images(6, 12), images(6, 7)]
+    module = convert(layer, config(), calibration=quick(batches))
+    got = sum(float((module.eval()(x) - layer(x)).square().sum()) for x in batches)
+    energy = sum(float(layer(x).square().sum()) for x in batches)
+    assert got / energy == pytest.approx(module[0].spec.response_error, rel=1e-3)
+
+
+def test_saved_and_loaded_with_what_the_calibration_says(net, tmp_path):
+    converted = convert(net, config(ghost=0.25), calibration=Calibration(images(40), swaps=0)).eval()
+    save(converted, tmp_path)
+    loaded = load(Net().eval(), tmp_path)
+    x = images(seed=2)
+    assert torch.equal(loaded(x), converted(x))
+    assert loaded.blocks[0].large.spec == converted.blocks[0].large.spec
+    path = tmp_path / "sw_config.json"
+    description = json.loads(path.read_text())
+    for layer in description["layers"]:  # as folders of earlier versions are
+        del layer["shared"]["response_error"], layer["shared"]["agreement"]
+    path.write_text(json.dumps(description))
+    assert torch.equal(load(Net().eval(), tmp_path)(x), converted(x))
+
+
+def test_aliases_get_the_same_module():
+    torch.manual_seed(0)
+    shared = conv(8, 9)
+    model = nn.Sequential(shared, nn.ReLU(), shared, Residual(conv(8, 9)))
+    converted = convert(model, config(), calibration=quick(images()))
+    assert converted[0] is converted[2]
+    assert isinstance(converted[3].inner, SWConv2d)
