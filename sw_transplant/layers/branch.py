@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sw_transplant.equivalence import assembly_index, grid_placements, lay_out, support
+from sw_transplant.equivalence import assembly_index, grid_placements, inverse_index, lay_out, support
 from sw_transplant.forms import LiveTiles, Placed
 from sw_transplant.geometry import BranchGeometry, Extent, Size
 from sw_transplant.layers.folding import batch_norm_affine
@@ -59,21 +59,42 @@ class PlacedTiles:
         """Whether the branch is linear as it stands: no BatchNorm, or one that uses its running statistics."""
         return self.bn is None or (not self.bn.training and getattr(self.bn, "running_mean", None) is not None)
 
-    def placed(self, origin: Size, *, fold: bool) -> list[Placed]:
-        """The branch as tensors, to be added up; ``fold`` multiplies the BatchNorm's scale in, in float32 at least."""
+    def placed(self, origin: Size, *, fold: bool, dense: bool = False) -> list[Placed]:
+        """The branch as tensors, to be added up.
+
+        ``fold`` multiplies the BatchNorm's scale in, in float32 at least; ``dense`` promises that nothing but dense
+        kernels is made of it, which do not read what tiles hold beyond the kernel.
+        """
         raise NotImplementedError
 
     def _place(
-        self, bank: Tensor, origin: Size, scale: Tensor | None, live: LiveTiles | None, *, scaled: bool
+        self,
+        bank: Tensor,
+        origin: Size,
+        scale: Tensor | None,
+        live: LiveTiles | None,
+        *,
+        scaled: bool,
+        inverse: Tensor | None = None,
     ) -> list[Placed]:
         """One entry, or with a gain one for each edge; all hold the same bank. ``scaled``: a BatchNorm is folded in."""
         extent = Extent(self.geometry.kernel_size, origin, self.geometry.dilation)
-        gains = [None] if self.gain is None else [gain.reshape(-1) for gain in self.gain]
+        if self.gain is None:
+            identity = self.is_identity and not scaled
+            return [Placed(bank, self.rows, self.index[0], extent, scale, live, identity, inverse)]
+        gains = [gain.reshape(-1) for gain in self.gain]
         rows = self.rows.chunk(len(gains), dim=1)
         return [
             Placed(bank, table, index, extent, _product(scale, gain), live, self.is_identity and not scaled)
             for table, index, gain in zip(rows, self.index, gains, strict=True)
         ]
+
+    @property
+    def trains_kernel(self) -> bool:
+        """Whether the kernel gets a gradient as it runs: of the bank, of a gain, or of a BatchNorm that is folded."""
+        if self.bank.requires_grad or (self.gain is not None and self.gain.requires_grad):
+            return True
+        return self.bn is not None and self.folds and _requires_grad(self.bn.weight)
 
     @property
     def trained(self) -> tuple[bool, bool]:
@@ -150,7 +171,9 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         index = edge_indices(rows, edges, tiles, tile, self.geometry.kernel_size)
         inside = support(rows, tiles, tile, self.geometry.kernel_size)
         filled = None if bool(inside.all()) else inside
-        self._tables = Tables({"placements": rows, "index": index, "support": filled}).only_on(self.bank.device)
+        inverse = inverse_index(index[0], tiles * tile * tile) if edges == 1 else None
+        tables = {"placements": rows, "index": index, "support": filled, "inverse": inverse}
+        self._tables = Tables(tables).only_on(self.bank.device)
 
     def _table(self, name: str) -> Tensor | None:
         return self._tables.on(self.bank.device)[name]
@@ -295,14 +318,16 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         """Whether the branch passes the map on as it is (its bank is no parameter)."""
         return "bank" in self._buffers  # a Parameter may be away: torch.func and parametrizations put tensors there
 
-    def placed(self, origin: Size, *, fold: bool) -> list[Placed]:
+    def placed(self, origin: Size, *, fold: bool, dense: bool = False) -> list[Placed]:
         """The branch as tensors; ``fold`` multiplies the BatchNorm's scale into the tiles, in float32 at least."""
-        bank = self.masked(self.bank if self.support is None else torch.where(self.support, self.bank, 0))
+        tables = self._tables.on(self.bank.device)
+        filled = None if dense else tables["support"]
+        bank = self.masked(self.bank if filled is None else torch.where(filled, self.bank, 0))
         scaled = fold and self.bn is not None
         if scaled:
             scale, _ = batch_norm_affine(self.bn)  # type: ignore[arg-type]
             bank = (bank.to(scale.dtype) * scale[:, None, None, None]).to(bank.dtype)
-        return self._place(bank, origin, None, self.live_tiles(), scaled=scaled)
+        return self._place(bank, origin, None, self.live_tiles(), scaled=scaled, inverse=tables["inverse"])
 
     def extra_repr(self) -> str:
         channels, tiles, n, _ = self.bank.shape
