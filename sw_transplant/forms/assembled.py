@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from sw_transplant.equivalence import gather_kernel
+from sw_transplant.equivalence import gather_kernel, regather_kernel
 from sw_transplant.forms.placed import Biases, Call, DenseKernel, Outputs, Placed
 from sw_transplant.geometry import Extent, enclose
 from sw_transplant.ops.depthwise import DepthwiseConv2d
+from sw_transplant.ops.tracing import is_observed
 
 
 class Sum(NamedTuple):
@@ -62,6 +63,8 @@ def _within_reach(kernel: DenseKernel, call: Call) -> DenseKernel:
         if first > last:
             weight, origin[axis], size[axis] = weight.narrow(2 + axis, 0, 1), furthest + 1, 1
             continue
+        if last + 1 - first == size[axis]:
+            continue
         weight = weight.narrow(2 + axis, first, last + 1 - first)
         origin[axis], size[axis] = before - step * first, last + 1 - first
     return DenseKernel(weight, Extent((size[0], size[1]), (origin[0], origin[1]), kernel.extent.dilation))
@@ -69,7 +72,10 @@ def _within_reach(kernel: DenseKernel, call: Call) -> DenseKernel:
 
 def dense_kernel(branch: Placed) -> DenseKernel:
     """The kernel that a placed branch makes; its scale is multiplied in float32 at least."""
-    weight = gather_kernel(branch.bank, branch.index, branch.extent.kernel_size)
+    if branch.inverse is None or is_observed():
+        weight = gather_kernel(branch.bank, branch.index, branch.extent.kernel_size)
+    else:
+        weight = regather_kernel(branch.bank, branch.index, branch.inverse, branch.extent.kernel_size)
     if branch.scale is not None:
         weight = (weight * branch.scale[:, None, None, None]).to(weight.dtype)
     return DenseKernel(weight, branch.extent)

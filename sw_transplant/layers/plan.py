@@ -69,6 +69,7 @@ class Plan:
         turns: maps are turned to channels_last first: the layer is laid out so.
         casts: maps of another dtype are cast: autocast is on.
         twice: which outputs are computed again in the backward pass.
+        trained: the kernels get a gradient, so that the plan serves a single call.
     """
 
     decision: Decision
@@ -79,6 +80,7 @@ class Plan:
     turns: bool
     casts: bool
     twice: list[bool]
+    trained: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         """The sum of all outputs for a map ``(B, C, H, W)``, each through its BatchNorm, laid out as the map is."""
@@ -133,6 +135,7 @@ class Planner:
     def __init__(self) -> None:
         self.decision: Decision | None = None
         self._kept: Kept | None = None
+        self._outline: tuple[tuple[Any, ...], Outline, Watch] | None = None
 
     def __call__(self, layer: Layer, x: Tensor) -> Callable[[Tensor], Tensor]:
         """What the layer does with a map ``(B, C, H, W)``.
@@ -149,8 +152,8 @@ class Planner:
         return self._kept_or_anew(layer, x)
 
     def forget(self) -> None:
-        """Drops the plan that is kept."""
-        self._kept = None
+        """Drops the plan that is kept, and the outline."""
+        self._kept = self._outline = None
 
     @staticmethod
     def _anew(layer: Layer, x: Tensor) -> Plan:
@@ -167,15 +170,28 @@ class Planner:
         kept, key = self._kept, (layer.stride, *_key(x))
         if kept is not None and kept.key == key and kept.unchanged():
             return kept.serve(x)
-        self.forget()
-        plan = self._anew(layer, x)
+        self._kept = None
+        plan = self._from_outline(layer, x, key)
         self.decision = plan.decision
-        if not plan.norms:
+        if not plan.norms and not plan.trained:
             with suppress(RuntimeError):  # tensors whose changes nobody counts: no plan is kept
                 watch = Watch(layer)  # type: ignore[arg-type]
                 if not (torch.is_grad_enabled() and watch.wants_gradients()):
                     self._kept = Kept(key, plan, watch)
         return plan
+
+    def _from_outline(self, layer: Layer, x: Tensor, key: tuple[Any, ...]) -> Plan:
+        """A plan from the parameters as they are, by the outline of the call before if the layer has the same parts."""
+        key, branches = (*key, torch.is_grad_enabled(), layer.recompute), layer.parts()
+        known, self._outline = self._outline, None
+        if known is None or known[0] != key or not known[2].same_parts():
+            found = outline(layer, branches, x, conditions(x))
+            with suppress(RuntimeError):  # tensors without addresses: not kept
+                known = key, found, Watch(layer)  # type: ignore[arg-type]
+                self._outline = known
+            return fill(found, branches)
+        self._outline = known
+        return fill(known[1], branches)
 
     def __reduce__(self) -> tuple[Callable[[], Planner], tuple[()]]:
         return Planner, ()  # copies and pickles start anew
@@ -215,6 +231,32 @@ def _key(x: Tensor) -> tuple[Any, ...]:
     return (*common, matmul_is_coarser(), torch.cuda.current_stream(device).cuda_stream)
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What of a plan does not depend on values of parameters: a training step makes its tensors anew, and no more.
+
+    Attributes:
+        decision, call, turns, casts, twice, trained: as in :class:`Plan`.
+        order: the branches, linear ones first.
+        linear: how many of them are linear.
+        origins: zeros (top, left) before the map, of each.
+        dense: nothing but dense kernels is made of them.
+        multiplied: each channel goes to several, so that no branch passes the map on as it is.
+    """
+
+    decision: Decision
+    call: Call
+    turns: bool
+    casts: bool
+    twice: list[bool]
+    trained: bool
+    order: list[int]
+    linear: int
+    origins: list[Size]
+    dense: bool
+    multiplied: bool
+
+
 def make_plan(layer: Layer, x: Tensor, given: Conditions) -> Plan:
     """The sum of all linear branches, then each branch that batch statistics normalise, in the form that is best.
 
@@ -226,6 +268,12 @@ def make_plan(layer: Layer, x: Tensor, given: Conditions) -> Plan:
     Raises:
         ValueError: the map is too small for the kernels.
     """
+    branches = layer.parts()
+    return fill(outline(layer, branches, x, given), branches)
+
+
+def outline(layer: Layer, branches: Sequence[PlacedTiles], x: Tensor, given: Conditions) -> Outline:
+    """The outline of the plan for a map; arguments as of :func:`make_plan`, and the parts of the layer."""
     size = (x.shape[2], x.shape[3])
     out_size = layer.out_size(size)
     if min(out_size) < 1:
@@ -233,37 +281,59 @@ def make_plan(layer: Layer, x: Tensor, given: Conditions) -> Plan:
             f"ShiftwiseConv2d: map {size[0]}x{size[1]} with padding {layer.padding} is smaller than the kernel "
             f"{layer.kernel_size}; expected a map that gives at least one output"
         )
-    branches = layer.parts()
     dtype, turns = branches[0].bank.dtype, is_channels_last(branches[0].bank)
     if turns:
         given = given._replace(channels_last=True)
     casts = given.autocast is not None and dtype is not torch.float64  # which autocast leaves alone
     call = Call(size, out_size, layer.stride, given.autocast if casts else dtype)  # type: ignore[arg-type]
-    branches = sorted(branches, key=lambda branch: not branch.folds)  # linear ones first
-    linear = [branch for branch in branches if branch.folds]
-    normalised = branches[len(linear) :]
-    parts = [branch.placed(layer.extent_on(branch, size).origin, fold=branch.folds) for branch in branches]
-    channels = (x.shape[1], parts[0][0].bank.shape[0])
-    if channels[0] != channels[1]:  # each channel goes to several: not the map as it is
-        parts = [[replace(placed, identity=False) for placed in part] for part in parts]
-    outputs = [reduce(add, parts[: len(linear)])] if linear else []
-    outputs += parts[len(linear) :]
-    biases: list[Tensor | None] = [branch.bias for branch in normalised]
-    if linear:
-        biases.insert(0, total([branch.folded_bias() for branch in linear], dtype))
-
-    kernels = [[extent for extent, _ in join_extents([placed.extent for placed in entry])] for entry in outputs]
-    trained = torch.is_grad_enabled() and any(placed.bank.requires_grad for entry in outputs for placed in entry)
-    local = layer.nonfinite == "local"
-    decision = choose_form(layer.form, Job(channels, call, kernels, trained), given, local=local)
+    order = sorted(range(len(branches)), key=lambda i: not branches[i].folds)  # linear ones first
+    linear = sum(branch.folds for branch in branches)
+    extents = [layer.extent_on(branches[i], size) for i in order]
+    edges = [[extent] * len(branches[i].index) for extent, i in zip(extents, order, strict=True)]
+    outputs = [reduce(add, edges[:linear])] if linear else []
+    kernels = [[extent for extent, _ in join_extents(entry)] for entry in outputs + edges[linear:]]
+    trained = torch.is_grad_enabled() and any(branch.trains_kernel for branch in branches)
+    channels = (x.shape[1], branches[0].bank.shape[0])
+    job, local = Job(channels, call, kernels, trained), layer.nonfinite == "local"
+    decision = choose_form(layer.form, job, given, local=local)
     recompute = "none" if decision.form == "shift" else layer.recompute
-    return Plan(
+    return Outline(
         decision,
-        FORMS[decision.form].prepare(outputs, call),
-        [None if bias is None else bias.to(call.dtype) for bias in biases],
-        [branch.bn for branch in normalised],  # type: ignore[misc]
         call,
         turns,
         casts,
-        computed_twice(recompute, [sum(extent.taps for extent in extents) for extents in kernels]),
+        computed_twice(recompute, [sum(extent.taps for extent in entry) for entry in kernels]),
+        trained,
+        order,
+        linear,
+        [extent.origin for extent in extents],
+        layer.form != "shift",  # which "auto" never takes
+        channels[0] != channels[1],
+    )
+
+
+def fill(given: Outline, branches: Sequence[PlacedTiles]) -> Plan:
+    """The plan of an outline, from the parameters as they are now."""
+    branches, linear, call = [branches[i] for i in given.order], given.linear, given.call
+    parts = [
+        branch.placed(origin, fold=branch.folds, dense=given.dense)
+        for branch, origin in zip(branches, given.origins, strict=True)
+    ]
+    if given.multiplied:
+        parts = [[replace(placed, identity=False) for placed in part] for part in parts]
+    outputs = [reduce(add, parts[:linear])] if linear else []
+    outputs += parts[linear:]
+    biases: list[Tensor | None] = [branch.bias for branch in branches[linear:]]
+    if linear:
+        biases.insert(0, total([branch.folded_bias() for branch in branches[:linear]], branches[0].bank.dtype))
+    return Plan(
+        given.decision,
+        FORMS[given.decision.form].prepare(outputs, call),
+        [None if bias is None else bias.to(call.dtype) for bias in biases],
+        [branch.bn for branch in branches[linear:]],  # type: ignore[misc]
+        call,
+        given.turns,
+        given.casts,
+        given.twice,
+        given.trained,
     )

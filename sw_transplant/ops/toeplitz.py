@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sw_transplant.cuda import launch
+from sw_transplant.ops.direct import Operator, call, register
 from sw_transplant.ops.toeplitz_autograd import grad_of_conv, grad_of_weight_grad, save_conv, save_weight_grad
 from sw_transplant.ops.toeplitz_reference import pairs, toeplitz_conv_reference, toeplitz_weight_grad_reference
 from sw_transplant.ops.toeplitz_selftest import weight_grad_is_wrong
@@ -60,7 +61,7 @@ def toeplitz_conv(
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
         bias = None if bias is None else bias.to(dtype)
     _check(x, weights, origins, bias)
-    return torch.ops.sw_transplant.toeplitz_conv(x, weights, origins, bias, residual)
+    return call("toeplitz_conv", x, weights, origins, bias, residual)  # type: ignore[no-any-return]
 
 
 def toeplitz_weight_grad(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> list[Tensor]:
@@ -78,7 +79,7 @@ def toeplitz_weight_grad(x: Tensor, grad: Tensor, sizes: Sequence[int], origins:
         the arguments, bit for bit. It applies where `toeplitz_conv` has a kernel, if all taps of a kernel are not
         outside of the map. Differentiable in x and grad.
     """
-    return torch.ops.sw_transplant.toeplitz_weight_grad(x, grad, sizes, origins)
+    return call("toeplitz_weight_grad", x, grad, sizes, origins)  # type: ignore[no-any-return]
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int], bias: Tensor | None) -> None:
@@ -140,12 +141,7 @@ def _has_kernels(x: Tensor) -> bool:
     return x.device.type == "cuda" and launch.is_available(x.device.index)
 
 
-@torch.library.custom_op(
-    "sw_transplant::toeplitz_conv",
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, int[] origins, Tensor? bias, bool residual) -> Tensor",
-)
-def _toeplitz_conv(
+def _run_conv(
     x: Tensor, weights: Sequence[Tensor], origins: Sequence[int], bias: Tensor | None, residual: bool
 ) -> Tensor:
     plan = _plan(x, weights, origins)
@@ -160,12 +156,7 @@ def _toeplitz_conv(
     return out
 
 
-@torch.library.custom_op(
-    "sw_transplant::toeplitz_weight_grad",
-    mutates_args=(),
-    schema="(Tensor x, Tensor grad, int[] sizes, int[] origins) -> Tensor[]",
-)
-def _toeplitz_weight_grad(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> list[Tensor]:
+def _run_weight_grad(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> list[Tensor]:
     plan = _weight_grad_plan(x, sizes, origins) if x.numel() else None
     if plan is None:
         with torch.autocast(x.device.type, enabled=False):
@@ -173,6 +164,20 @@ def _toeplitz_weight_grad(x: Tensor, grad: Tensor, sizes: Sequence[int], origins
     from sw_transplant.cuda.toeplitz import toeplitz_weight_grad
 
     return toeplitz_weight_grad(x.contiguous(), grad.contiguous(), plan)
+
+
+_toeplitz_conv = torch.library.custom_op(
+    "sw_transplant::toeplitz_conv",
+    _run_conv,
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, int[] origins, Tensor? bias, bool residual) -> Tensor",
+)
+_toeplitz_weight_grad = torch.library.custom_op(
+    "sw_transplant::toeplitz_weight_grad",
+    _run_weight_grad,
+    mutates_args=(),
+    schema="(Tensor x, Tensor grad, int[] sizes, int[] origins) -> Tensor[]",
+)
 
 
 @_toeplitz_conv.register_fake
@@ -187,3 +192,5 @@ def _(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> 
 
 _toeplitz_conv.register_autograd(grad_of_conv, setup_context=save_conv)
 _toeplitz_weight_grad.register_autograd(grad_of_weight_grad, setup_context=save_weight_grad)
+register("toeplitz_conv", Operator(_run_conv, save_conv, grad_of_conv))
+register("toeplitz_weight_grad", Operator(_run_weight_grad, save_weight_grad, grad_of_weight_grad))

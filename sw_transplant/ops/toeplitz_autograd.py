@@ -7,8 +7,9 @@ origins count from the other end; that of K is weight_grad(x, grad). The latter 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from sw_transplant.ops.direct import call
 
 
 def _flipped_origins(sizes: Sequence[int], origins: Sequence[int]) -> list[int]:
@@ -33,9 +34,9 @@ def grad_of_conv(ctx: Any, grad: Tensor) -> tuple[Tensor | None, list[Tensor | N
     grad_weights: list[Tensor | None] = [None] * len(weights)
     if needs_x:
         origins = _flipped_origins(ctx.sizes, ctx.origins)
-        grad_x = torch.ops.sw_transplant.toeplitz_conv(grad, _flipped(weights), origins, None, ctx.residual)
+        grad_x = call("toeplitz_conv", grad, _flipped(weights), origins, None, ctx.residual)
     if any(needs_weights):
-        grad_weights = torch.ops.sw_transplant.toeplitz_weight_grad(x, grad, ctx.sizes, ctx.origins)
+        grad_weights = call("toeplitz_weight_grad", x, grad, ctx.sizes, ctx.origins)
     if ctx.has_bias and needs_bias:
         grad_bias = grad.sum((0, 2, 3))
     return grad_x, grad_weights, None, grad_bias, None
@@ -51,5 +52,5 @@ def grad_of_weight_grad(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor, Tens
     """The gradients of the kernels are bilinear in x and grad; their gradients stand in for kernels here."""
     x, grad = ctx.saved_tensors
     origins = _flipped_origins(ctx.sizes, ctx.origins)
-    grad_x = torch.ops.sw_transplant.toeplitz_conv(grad, _flipped(grads), origins, None, False)
-    return grad_x, torch.ops.sw_transplant.toeplitz_conv(x, list(grads), ctx.origins, None, False), None, None
+    grad_x = call("toeplitz_conv", grad, _flipped(grads), origins, None, False)
+    return grad_x, call("toeplitz_conv", x, list(grads), ctx.origins, None, False), None, None
