@@ -35,9 +35,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="local folder of an UperNet")
     parser.add_argument("--output", type=Path, help="where the model goes; by default nowhere that stays")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def small_model() -> PreTrainedModel:
         image_size=SIZE,
         hidden_sizes=[16, 32, 48, 64],
         depths=[1, 1, 2, 1],
-        layer_scale_init_value=0.1,  # at ConvNeXt's 1e-6 the blocks would be silent for a long time
+        layer_scale_init_value=1.0,  # at ConvNeXt's 1e-6 the blocks would be silent for a long time
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     config = transformers.UperNetConfig(
@@ -99,11 +99,11 @@ def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
     noise = np.random.default_rng(seed)
     images, labels = [], []
     for _ in range(count):
-        image, label = Image.new("RGB", (SIZE, SIZE), colour(chance)), Image.new("L", (SIZE, SIZE), 0)
-        for kind in chance.choices(range(1, len(KINDS)), k=3):
-            half = chance.randint(7, 14)
+        image, label = Image.new("RGB", (SIZE, SIZE), colour(chance, 0, 100)), Image.new("L", (SIZE, SIZE), 0)
+        for kind in chance.choices(range(1, len(KINDS)), k=2):
+            half = chance.randint(9, 15)
             x, y = (chance.randint(half, SIZE - half) for _ in range(2))
-            draw_shape(ImageDraw.Draw(image), kind, x, y, half, colour(chance))
+            draw_shape(ImageDraw.Draw(image), kind, x, y, half, colour(chance, 130, 255))
             draw_shape(ImageDraw.Draw(label), kind, x, y, half, kind)
         pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1 + noise.normal(0, 0.1, (SIZE, SIZE, 3))
         images.append(torch.from_numpy(pixels.transpose(2, 0, 1)).float())
@@ -111,8 +111,8 @@ def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.stack(labels)
 
 
-def colour(chance: random.Random) -> tuple[int, ...]:
-    return tuple(chance.randint(0, 255) for _ in range(3))
+def colour(chance: random.Random, darkest: int, brightest: int) -> tuple[int, ...]:
+    return tuple(chance.randint(darkest, brightest) for _ in range(3))
 
 
 def draw_shape(canvas: Any, kind: int, x: int, y: int, half: int, fill: Any) -> None:
