@@ -16,7 +16,7 @@ from sw_transplant.forms import FORMS, Call
 from sw_transplant.geometry import Extent
 from sw_transplant.ops.depthwise import is_channels_last
 from sw_transplant.ops.toeplitz_selftest import why_no_kernel
-from sw_transplant.ops.tracing import constant_when_traced, is_transformed
+from sw_transplant.ops.tracing import constant_when_traced, is_for_onnx, is_transformed
 
 MATRIX_LIMIT = 128 * 2**20
 """Bytes that the matrices of one layer may take in form "gemm"."""
@@ -48,7 +48,8 @@ class Conditions(NamedTuple):
         channels_last: whether the map is laid out so.
         autocast: what autocast computes in here; None while it is off.
         coarse_matmul: float32 convolutions are to be exact, while matrix products may use TF32.
-        transformed: within torch.func or forward-mode differentiation, which do not see into operators of our own.
+        transformed: within torch.func, forward-mode differentiation or an export to ONNX, which do not see into
+            operators of our own.
     """
 
     device: torch.device
@@ -95,7 +96,7 @@ def conditions(x: Tensor) -> Conditions:
         is_channels_last(x),
         torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None,
         kind == "cuda" and matmul_is_coarser(),
-        is_transformed(),
+        is_transformed() or is_for_onnx(),
     )
 
 
@@ -148,7 +149,7 @@ def _obstacle(form: str, job: Job, given: Conditions) -> str:
     """Why a form cannot run a job; empty if it can."""
     call = job.call
     if given.transformed and form in ("shift", "toeplitz"):
-        return "is an operator that torch.func and forward-mode differentiation do not see into"
+        return "is an operator that torch.func, forward-mode differentiation and ONNX do not see into"
     if form == "gemm":
         needed = len(job.kernels) * job.channels[1] * _positions(call.in_size) * _positions(call.out_size)
         needed *= job.call.dtype.itemsize
