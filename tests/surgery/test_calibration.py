@@ -9,7 +9,7 @@ from torch import nn
 
 from sw_transplant import SWConfig, convert, load, save, summary
 from sw_transplant.layers.sw_conv2d import SWConv2d
-from sw_transplant.surgery.calibration.ghosts import cheapest, share_out
+from sw_transplant.surgery.calibration.ghosts import cheapest, exchange, share_out
 from sw_transplant.surgery.calibration.options import Calibration
 from sw_transplant.surgery.calibration.statistics import set_statistics
 from tests.small_models import Residual, conv
@@ -360,3 +360,22 @@ def test_aliases_get_the_same_module():
     converted = convert(model, config(), calibration=quick(images()))
     assert converted[0] is converted[2]
     assert isinstance(converted[3].inner, SWConv2d)
+
+
+def test_errors_that_cancel_are_found_by_exchanging_ghosts():
+    torch.manual_seed(0)
+    root = torch.randn(6, 4)
+    quadratic, linear = root @ root.T, torch.randn(6)
+
+    def cost(ghosts):
+        z = torch.zeros(6)
+        z[list(ghosts)] = 1
+        return float(2 * linear @ z + z @ quadratic @ z)
+
+    start = (0, 1, 2)
+    found = exchange(start, linear, quadratic)
+    assert len(found) == 3
+    assert cost(found) < cost(start)
+    for out in found:
+        for into in set(range(6)) - set(found):
+            assert cost((set(found) - {out}) | {into}) >= cost(found) - 1e-4

@@ -15,7 +15,7 @@ from sw_transplant.layers.orders import Orders
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.approximate import SharedSpec, finish_shared, split_bank
-from sw_transplant.surgery.calibration.compensation import Kept, all_offsets, compensate
+from sw_transplant.surgery.calibration.compensation import Kept, all_offsets, compensate, costs_together
 from sw_transplant.surgery.calibration.fit import (
     Fit,
     Problem,
@@ -25,7 +25,7 @@ from sw_transplant.surgery.calibration.fit import (
     pose,
     whole_taps,
 )
-from sw_transplant.surgery.calibration.ghosts import cheapest
+from sw_transplant.surgery.calibration.ghosts import cheapest, exchange
 from sw_transplant.surgery.calibration.moments import Moments, Taps
 from sw_transplant.surgery.calibration.options import Calibration, LayerReport
 from sw_transplant.surgery.calibration.orders import choose_orders
@@ -75,6 +75,7 @@ def fit_module(
     missed = (problem.moments.passed - fit.error) * weights.diagonal().to(fit.error)
     bypass = cheapest(missed, ghosts)
     if calibration.mix:
+        bypass = exchange(bypass, *costs_together(problem, fit, kept, weights, calibration.mix))
         fit = compensate(problem, fit, orders, kept, bypass, weights, calibration.mix)
     active = torch.tensor([c for c in range(match.out_channels) if c not in set(bypass)], device="cpu")
     error = fit.error[active.to(fit.error.device)].sum() + problem.moments.passed[list(bypass)].sum()
