@@ -11,7 +11,7 @@ from sw_transplant.config import SWConfig
 from sw_transplant.find.match import Match
 from sw_transplant.forms import add_kernels, embed
 from sw_transplant.geometry import Extent, enclose
-from sw_transplant.layers.orders import Orders
+from sw_transplant.layers.orders import Orders, draw_orders
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.approximate import SharedSpec, finish_shared, split_bank
@@ -90,6 +90,16 @@ def fit_module(
     drawn, chosen, least = (float(each.sum() / centred) for each in firsts)
     report = LayerReport(match.path, sums.positions, drawn, chosen, least, len(bypass), float(error / energy))
     return module, report
+
+
+def costs_of_ghosts(
+    plain: ShiftwiseConv2d, sums: Sums, kept: Kept, weights: Tensor, config: SWConfig, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """What ghosts of a layer cost, linear and quadratic (:func:`ghosts.exchange`), with the orders that are drawn."""
+    problem = pose_for(plain, sums, ridge)
+    tiles = problem.taps.whole // problem.taps.tile
+    orders = draw_orders(len(problem.right), tiles, config.edge_count, config.seed)
+    return costs_together(problem, fit_layer(problem, orders, True), kept, weights, 1.0)
 
 
 def pose_for(plain: ShiftwiseConv2d, sums: Sums, ridge: float) -> Problem:

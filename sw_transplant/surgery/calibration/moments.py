@@ -108,8 +108,9 @@ class Moments:
 
     def select(self, channels: Tensor) -> Moments:
         """Those of some channels."""
-        values = {each.name: getattr(self, each.name) for each in fields(Moments)}
-        return Moments(**{name: v[channels] if isinstance(v, Tensor) else v for name, v in values.items()})
+        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(Moments)}
+        values |= {name: value[channels] for name, value in values.items() if isinstance(value, Tensor)}
+        return Moments(**values)
 
     def spread(self, taps: Taps) -> Moments:
         """The same over all taps of the strips, zeros for those that do not reach the map: for maps of other sizes."""
