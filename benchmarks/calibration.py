@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import sw_transplant as sw
 from sw_transplant.models import SLaK
-from sw_transplant.surgery.calibration.options import Calibration
+from sw_transplant.surgery.calibration import Calibration
 from sw_transplant.surgery.distill import distill
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ from digits import Digits, digits, load_trained
 from torch import nn
 
 import sw_transplant as sw
-from sw_transplant.surgery.calibration.options import Calibration
+from sw_transplant.surgery.calibration import Calibration
 from sw_transplant.surgery.distill import distill
 
 

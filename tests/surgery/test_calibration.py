@@ -9,9 +9,9 @@ from torch import nn
 
 from sw_transplant import SWConfig, convert, load, save, summary
 from sw_transplant.layers.sw_conv2d import SWConv2d
+from sw_transplant.surgery.calibration import Calibration
 from sw_transplant.surgery.calibration.ghosts import cheapest, exchange, share_out
 from sw_transplant.surgery.calibration.images import read_images
-from sw_transplant.surgery.calibration.options import Calibration
 from sw_transplant.surgery.calibration.sensitivity import sensitivities
 from sw_transplant.surgery.calibration.statistics import set_statistics
 from tests.small_models import Residual, conv
