@@ -121,7 +121,7 @@ def from_nothing(task: Task, seed: int) -> nn.Module:
 
 
 def distilled(task: Task, seed: int, epochs: int = 10) -> nn.Module:
-    student = calibrated(task, seed, 500, ghosts={"ghost_budget": "global"}, refit=True)
+    student = calibrated(task, seed, 500, refit=True)
     augment = flipped_and_moved
     return distill(student, task.model, task.images, epochs=epochs, augment=augment, seed=seed, progress=False)
 
@@ -134,10 +134,11 @@ ROWS: dict[str, Callable[[Task, int], nn.Module]] = {
     "50 images, each channel alone": lambda task, seed: calibrated(task, seed, 50, mix=0.0),
     "50 images": lambda task, seed: calibrated(task, seed, 50),
     "50 images, one budget": lambda task, seed: calibrated(task, seed, 50, ghosts=GLOBAL),
-    "50 images, one budget, refit": lambda task, seed: calibrated(task, seed, 50, ghosts=GLOBAL, refit=True),
+    "50 images, refit": lambda task, seed: calibrated(task, seed, 50, refit=True),
     "50 images, ghost 0": lambda task, seed: calibrated(task, seed, 50, ghosts={"ghost": 0.0}),
     "50 images, ghost 0, refit": lambda task, seed: calibrated(task, seed, 50, ghosts={"ghost": 0.0}, refit=True),
-    "500 images, one budget, refit": lambda task, seed: calibrated(task, seed, 500, ghosts=GLOBAL, refit=True),
+    "500 images": lambda task, seed: calibrated(task, seed, 500),
+    "500 images, refit": lambda task, seed: calibrated(task, seed, 500, refit=True),
     "no images": from_nothing,
     "500 images, distilled": distilled,
     "digits, kernels": by_kernels,
