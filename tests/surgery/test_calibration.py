@@ -9,8 +9,10 @@ from torch import nn
 
 from sw_transplant import SWConfig, convert, load, save, summary
 from sw_transplant.layers.sw_conv2d import SWConv2d
-from sw_transplant.surgery.calibration.ghosts import cheapest, share_out
-from sw_transplant.surgery.calibration.options import Calibration
+from sw_transplant.surgery.calibration import Calibration
+from sw_transplant.surgery.calibration.ghosts import cheapest, exchange, share_out
+from sw_transplant.surgery.calibration.images import read_images
+from sw_transplant.surgery.calibration.sensitivity import sensitivities
 from sw_transplant.surgery.calibration.statistics import set_statistics
 from tests.small_models import Residual, conv
 
@@ -241,19 +243,29 @@ def test_one_budget_gives_ghosts_to_the_layers_that_miss_them_least():
 
 
 def test_a_budget_is_shared_out_by_what_ghosts_cost():
-    costs = {"a": torch.tensor([1.0, 1, 1, 1]), "b": torch.tensor([3.0] * 8)}
-    assert share_out(costs, 0.25) == {"a": 2, "b": 0}  # two of four; a quarter of two layers is half a layer
-    assert share_out(costs, 0.5) == {"a": 2, "b": 4}
+    apart = {"a": (torch.zeros(8), torch.eye(8)), "b": (torch.zeros(8), 3 * torch.eye(8))}
+    assert share_out(apart, 0.25) == {"a": 4, "b": 0}
+    assert share_out(apart, 0.375) == {"a": 6, "b": 0}
+    assert share_out(apart, 0.45) == {"a": 6, "b": 1}
+    together = {"a": (torch.zeros(8), torch.ones(8, 8)), "b": (torch.zeros(8), 3 * torch.eye(8))}
+    assert share_out(together, 0.25) == {"a": 2, "b": 2}  # 1, 3, 5, ... against 3, 3, 3, ...
+    sizes = {"a": (torch.zeros(4), 3 * torch.eye(4)), "b": (torch.zeros(8), torch.eye(8))}
+    assert share_out(sizes, 0.25) == {"a": 0, "b": 4}
     assert cheapest(torch.tensor([3.0, 1, 2, 1]), 2) == (1, 3)
 
 
 @torch.no_grad()
 def test_channels_make_up_for_each_other(net):
     x = images(40)
-    alone, together = (convert(net, config(ghost=0.5), calibration=quick(x, mix=mix)) for mix in (0.0, 1.0))
-    assert distance(together(x), net(x)) < distance(alone(x), net(x))
-    ours, theirs = (model.blocks[0].large.spec.response_error for model in (together, alone))
-    assert ours > theirs  # of the responses themselves, each channel does best for itself
+    weights = sensitivities(net, read_images(x), {"": net.blocks[0].large}, 123)[""]
+    wanted, costs, errors = net.blocks[0].large(x), [], []
+    for mix in (0.0, 1.0):
+        module = convert(net, config(ghost=0.5), calibration=quick(x, mix=mix)).blocks[0].large
+        missed = (module.eval()(x) - wanted).transpose(0, 1).flatten(1).double()
+        costs.append(float((missed * (weights @ missed)).sum()))
+        errors.append(module.spec.response_error)
+    assert costs[1] < 0.97 * costs[0]  # of what the network sees of them
+    assert errors[1] > errors[0]  # of the responses themselves, each channel does best for itself
 
 
 @torch.no_grad()
@@ -360,3 +372,22 @@ def test_aliases_get_the_same_module():
     converted = convert(model, config(), calibration=quick(images()))
     assert converted[0] is converted[2]
     assert isinstance(converted[3].inner, SWConv2d)
+
+
+def test_errors_that_cancel_are_found_by_exchanging_ghosts():
+    torch.manual_seed(0)
+    root = torch.randn(6, 4)
+    quadratic, linear = root @ root.T, torch.randn(6)
+
+    def cost(ghosts):
+        z = torch.zeros(6)
+        z[list(ghosts)] = 1
+        return float(2 * linear @ z + z @ quadratic @ z)
+
+    start = (0, 1, 2)
+    found = exchange(start, linear, quadratic)
+    assert len(found) == 3
+    assert cost(found) < cost(start)
+    for out in found:
+        for into in set(range(6)) - set(found):
+            assert cost((set(found) - {out}) | {into}) >= cost(found) - 1e-4

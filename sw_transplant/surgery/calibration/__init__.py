@@ -19,3 +19,8 @@ docs/transplanting.md has the mathematics and the measurements. Read in this ord
     refit           linear layers behind a module
     progress        how far it is
 """
+
+from sw_transplant.surgery.calibration.options import Calibration, CalibrationReport, LayerReport
+from sw_transplant.surgery.calibration.statistics import set_statistics
+
+__all__ = ["Calibration", "CalibrationReport", "LayerReport", "set_statistics"]

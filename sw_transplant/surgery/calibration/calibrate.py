@@ -21,10 +21,9 @@ from sw_transplant.find.shared import active_count, shared_tile
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.approximate import build_shared
 from sw_transplant.surgery.calibration.compensation import Kept
-from sw_transplant.surgery.calibration.fit import least_possible
 from sw_transplant.surgery.calibration.ghosts import share_out
 from sw_transplant.surgery.calibration.images import Images, read_images
-from sw_transplant.surgery.calibration.layer import fit_module, pose_for
+from sw_transplant.surgery.calibration.layer import costs_of_ghosts, fit_module
 from sw_transplant.surgery.calibration.options import Calibration, CalibrationReport
 from sw_transplant.surgery.calibration.progress import progress_bar
 from sw_transplant.surgery.calibration.refit import refit_after
@@ -87,7 +86,7 @@ def calibrate(
             remember(module, site, match)
             target = _put(target, match, module)
             if calibration.refit and match.path and calibration.fit == "responses":
-                done = refit_after(original, target, match.path, images, calibration.refit_ridge)
+                done = refit_after(original, target, match.path, images)
                 calibration.report.layers[-1] = replace(calibration.report.layers[-1], refitted=tuple(done))
     if calibration.fit == "kernels":
         set_statistics(target, images)
@@ -166,11 +165,11 @@ def _global_budget(
     costs = {}
     for match in matches:
         plain = build(find_site(original, match.path), match, form=config.form)
-        sums = Sums(match.path, max(plain.kernel_size), shared_tile(config), match.stride)
-        _collect(original, None, match.path, images, whole, [sums])
-        problem = pose_for(plain, sums, calibration.ridge)
-        missed = problem.moments.passed - least_possible(problem)
-        costs[match.path] = missed * weights[match.path].diagonal().to(missed) / sums.images
+        sums, kept = Sums(match.path, max(plain.kernel_size), shared_tile(config), match.stride), Kept()
+        _collect(original, None, match.path, images, whole, [sums, kept])
+        linear, quadratic = costs_of_ghosts(plain, sums, kept, weights[match.path], config, calibration.ridge)
+        scale = kept.positions / sums.positions * sums.images
+        costs[match.path] = linear / scale, quadratic / scale
     return share_out(costs, config.ghost)
 
 

@@ -11,11 +11,11 @@ from sw_transplant.config import SWConfig
 from sw_transplant.find.match import Match
 from sw_transplant.forms import add_kernels, embed
 from sw_transplant.geometry import Extent, enclose
-from sw_transplant.layers.orders import Orders
+from sw_transplant.layers.orders import Orders, draw_orders
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.approximate import SharedSpec, finish_shared, split_bank
-from sw_transplant.surgery.calibration.compensation import Kept, all_offsets, compensate
+from sw_transplant.surgery.calibration.compensation import Kept, all_offsets, compensate, costs_together
 from sw_transplant.surgery.calibration.fit import (
     Fit,
     Problem,
@@ -25,7 +25,7 @@ from sw_transplant.surgery.calibration.fit import (
     pose,
     whole_taps,
 )
-from sw_transplant.surgery.calibration.ghosts import cheapest
+from sw_transplant.surgery.calibration.ghosts import cheapest, exchange
 from sw_transplant.surgery.calibration.moments import Moments, Taps
 from sw_transplant.surgery.calibration.options import Calibration, LayerReport
 from sw_transplant.surgery.calibration.orders import choose_orders
@@ -75,6 +75,7 @@ def fit_module(
     missed = (problem.moments.passed - fit.error) * weights.diagonal().to(fit.error)
     bypass = cheapest(missed, ghosts)
     if calibration.mix:
+        bypass = exchange(bypass, *costs_together(problem, fit, kept, weights, calibration.mix))
         fit = compensate(problem, fit, orders, kept, bypass, weights, calibration.mix)
     active = torch.tensor([c for c in range(match.out_channels) if c not in set(bypass)], device="cpu")
     error = fit.error[active.to(fit.error.device)].sum() + problem.moments.passed[list(bypass)].sum()
@@ -89,6 +90,16 @@ def fit_module(
     drawn, chosen, least = (float(each.sum() / centred) for each in firsts)
     report = LayerReport(match.path, sums.positions, drawn, chosen, least, len(bypass), float(error / energy))
     return module, report
+
+
+def costs_of_ghosts(
+    plain: ShiftwiseConv2d, sums: Sums, kept: Kept, weights: Tensor, config: SWConfig, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """What ghosts of a layer cost, linear and quadratic (:func:`ghosts.exchange`), with the orders that are drawn."""
+    problem = pose_for(plain, sums, ridge)
+    tiles = problem.taps.whole // problem.taps.tile
+    orders = draw_orders(len(problem.right), tiles, config.edge_count, config.seed)
+    return costs_together(problem, fit_layer(problem, orders, True), kept, weights, 1.0)
 
 
 def pose_for(plain: ShiftwiseConv2d, sums: Sums, ridge: float) -> Problem:
