@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from PIL import Image
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 import sw_transplant as sw
@@ -98,7 +99,7 @@ def fine_tune(data: Data, folder: Path | None, output: Path, *, epochs: float, b
     processor.save_pretrained(output)
     loaded = transformers.AutoModelForImageClassification.from_pretrained(output, local_files_only=True)
     rows.append(("saved and loaded", right(loaded, data.held_out, processor, batch)))
-    same = sw.verify(model.cpu(), loaded, bounds=0).ok
+    same = same_state(model.cpu(), loaded)
     classify = transformers.pipeline("image-classification", model=str(output), top_k=1)
     answers = [classify(row["image"].convert("RGB"))[0]["label"] for row in iterate(data.held_out)]
     labels = [data.classes[row["label"]] for row in iterate(data.held_out)]
@@ -117,6 +118,12 @@ def fine_tune(data: Data, folder: Path | None, output: Path, *, epochs: float, b
     failed = [fault for fault, holds in faults.items() if holds]
     print(f"FAILED: {'; '.join(failed)}" if failed else "OK")
     return 1 if failed else 0
+
+
+def same_state(model: nn.Module, other: nn.Module) -> bool:
+    """Whether every name and every bit is the same."""
+    state, found = model.state_dict(), other.state_dict()
+    return list(state) == list(found) and all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
 class Prepared(torch.utils.data.Dataset[dict[str, Any]]):

@@ -21,7 +21,7 @@ import torch
 import transformers
 from PIL import Image, ImageDraw
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import sw_transplant as sw
@@ -62,12 +62,19 @@ def main() -> int:
     columns = ["kind", "before", "after", "saved and loaded"]
     print(render_table("Intersection over union on held-out images", columns, rows))
     faults = {
-        "the loaded model is another": not sw.verify(model, loaded, bounds=0).ok or again != after,
+        "the loaded model is another": not same_state(model, loaded),
+        "the loaded model answers otherwise": max(abs(a - b) for a, b in zip(after, again, strict=True)) > 1e-3,
         "nothing was learned": sum(after) <= sum(before),
     }
     failed = [fault for fault, holds in faults.items() if holds]
     print(f"FAILED: {'; '.join(failed)}" if failed else "OK")
     return 1 if failed else 0
+
+
+def same_state(model: nn.Module, other: nn.Module) -> bool:
+    """Whether every name and every bit is the same."""
+    state, found = model.state_dict(), other.state_dict()
+    return list(state) == list(found) and all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
 def small_model() -> PreTrainedModel:
