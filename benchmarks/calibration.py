@@ -121,7 +121,7 @@ def from_nothing(task: Task, seed: int) -> nn.Module:
 
 
 def distilled(task: Task, seed: int, epochs: int = 10) -> nn.Module:
-    student = calibrated(task, seed, 500, refit=True)
+    student = calibrated(task, seed, 200, refit=True)
     augment = flipped_and_moved
     return distill(student, task.model, task.images, epochs=epochs, augment=augment, seed=seed, progress=False)
 
