@@ -60,6 +60,7 @@ def cifar(folder: Path, half: str) -> Task:
         halves[0].append(of_class[:50])
         halves[1].append(of_class[50:])
     calibrating, counted = (torch.cat(part) for part in (halves if half == "A" else halves[::-1]))
+    counted = counted[torch.randperm(len(counted), generator=generator)]  # so that batches have all classes
     return Task(model, images[calibrating], images[counted], labels[counted])
 
 

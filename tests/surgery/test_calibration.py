@@ -391,3 +391,15 @@ def test_errors_that_cancel_are_found_by_exchanging_ghosts():
     for out in found:
         for into in set(range(6)) - set(found):
             assert cost((set(found) - {out}) | {into}) >= cost(found) - 1e-4
+
+
+@torch.no_grad()
+def test_the_input_is_added_only_where_that_helps():
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(8, 13), conv(8, 13))
+    model[0].weight *= 0.01
+    model[1].weight *= 0.01
+    model[1].weight[:, :, 6, 6] += 1
+    converted = convert(model, config(edges=1), calibration=quick(images(40)))
+    assert [converted[i].residual for i in (0, 1)] == [False, True]
+    assert converted[0].spec.response_error < 0.95

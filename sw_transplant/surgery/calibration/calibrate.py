@@ -70,7 +70,6 @@ def calibrate(
         for match in order:
             step(match.path)
             site = find_site(target, match.path)
-            check_parameters(site, match, mode=config.mode)
             plain = build(site, match, form=config.form)
             if calibration.fit == "kernels":
                 module = build_shared(plain, match, config)
@@ -107,6 +106,8 @@ def _check(
     model: nn.Module, images: Images, matches: Sequence[Match], sites: dict[str, nn.Module], config: SWConfig
 ) -> dict[str, Visit]:
     """Which layers the images reach. Whether that is enough shows once all have been through; here: whether any do."""
+    for match in matches:
+        check_parameters(sites[match.path], match, mode=config.mode)
     met = visits(model, images, sites)
     if missing := sorted(sites.keys() - met.keys()):
         raise ValueError(
