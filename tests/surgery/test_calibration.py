@@ -61,7 +61,7 @@ def images(count=12, size=9, seed=0):
 
 
 def distance(a, b):
-    return float((a - b).norm() / b.norm())
+    return float((a - b).detach().norm() / b.detach().norm())
 
 
 @torch.no_grad()
