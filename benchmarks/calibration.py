@@ -60,6 +60,7 @@ def cifar(folder: Path, half: str) -> Task:
         halves[0].append(of_class[:50])
         halves[1].append(of_class[50:])
     calibrating, counted = (torch.cat(part) for part in (halves if half == "A" else halves[::-1]))
+    counted = counted[torch.randperm(len(counted), generator=generator)]  # so that batches have all classes
     return Task(model, images[calibrating], images[counted], labels[counted])
 
 
@@ -121,7 +122,7 @@ def from_nothing(task: Task, seed: int) -> nn.Module:
 
 
 def distilled(task: Task, seed: int, epochs: int = 10) -> nn.Module:
-    student = calibrated(task, seed, 500, refit=True)
+    student = calibrated(task, seed, 200, refit=True)
     augment = flipped_and_moved
     return distill(student, task.model, task.images, epochs=epochs, augment=augment, seed=seed, progress=False)
 

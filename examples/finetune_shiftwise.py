@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--tile", type=int, default=3, help="side of the filters")
     parser.add_argument("--ghost", type=float, default=0.23, help="fraction of channels that bypass")
+    parser.add_argument("--swaps", type=int, default=150, help="exchanges of two tiles' places tried in each channel")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -50,8 +51,8 @@ def main() -> None:
 
     show("SLaK", trained.model)
     show("converted by kernels alone", sw.convert(trained.model, config))
-    show("calibrated", sw.convert(trained.model, config, calibration=Calibration(few)))
-    calibration = Calibration(few, refit=True)
+    show("calibrated", sw.convert(trained.model, config, calibration=Calibration(few, swaps=arguments.swaps)))
+    calibration = Calibration(few, refit=True, swaps=arguments.swaps)
     model = sw.convert(trained.model, config, calibration=calibration)
     show("calibrated, linear layers refitted", model)
 

@@ -244,15 +244,16 @@ def upernet() -> nn.Module:
 
 def check_fine_tuning(output: str, held_out: int, recovers_to: float) -> None:
     right = [int(count) for count in re.findall(r"^  \D+?(?:epoch 1)?\s+(\d+)(?:$|   \()", output, re.MULTILINE)]
-    original, converted, *_ = right
+    original, by_kernels, calibrated, refitted, *_ = right
     assert original > 0.97 * held_out
-    assert converted > 0.8 * held_out
+    assert by_kernels > 0.8 * held_out
+    assert min(calibrated, refitted) > 0.95 * held_out
     assert "3x51 + 51x3 + 3x3" in output
     assert int(re.findall(r"plain convolutions (\d+)", output)[0]) > recovers_to * held_out
 
 
 def test_the_papers_module_is_fine_tuned(here: Run, few_digits: None) -> None:
-    check_fine_tuning(here("finetune_shiftwise.py", "--epochs", 1), 90, 0.8)
+    check_fine_tuning(here("finetune_shiftwise.py", "--epochs", 1, "--swaps", 0), 90, 0.9)
 
 
 @pytest.mark.exhaustive

@@ -1,6 +1,7 @@
 """Calibration: from images of any form to modules whose responses are those of the original, or to a clear error."""
 
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -61,7 +62,7 @@ def images(count=12, size=9, seed=0):
 
 
 def distance(a, b):
-    return float((a - b).norm() / b.norm())
+    return float((a - b).detach().norm() / b.detach().norm())
 
 
 @torch.no_grad()
@@ -391,3 +392,53 @@ def test_errors_that_cancel_are_found_by_exchanging_ghosts():
     for out in found:
         for into in set(range(6)) - set(found):
             assert cost((set(found) - {out}) | {into}) >= cost(found) - 1e-4
+
+
+@torch.no_grad()
+def test_the_input_is_added_only_where_that_helps():
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(8, 13), conv(8, 13))
+    model[0].weight *= 0.01
+    model[1].weight *= 0.01
+    model[1].weight[:, :, 6, 6] += 1
+    converted = convert(model, config(edges=1), calibration=quick(images(40)))
+    assert [converted[i].residual for i in (0, 1)] == [False, True]
+    assert converted[0].spec.response_error < 0.95
+
+
+class Counted(nn.Sequential):
+    """Counts its calls, and may fail at one of them."""
+
+    calls, fails_at = 0, 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        if type(self).calls == type(self).fails_at:
+            raise RuntimeError("no")
+        return super().forward(x)
+
+
+def test_one_pass_is_enough_and_no_thread_is_left():
+    torch.manual_seed(0)
+    threads, Counted.fails_at, calls = threading.active_count(), 0, []
+    for layers in (1, 3):
+        model = nn.Sequential(Counted(nn.Conv2d(8, 8, 1)), *[conv(8, 9) for _ in range(layers)], nn.ReLU())
+        Counted.calls = 0
+        convert(model, config(), calibration=quick(images(12), batch_size=4))
+        calls.append(Counted.calls)
+    assert calls[0] == calls[1] < 15
+    assert threading.active_count() == threads
+    Counted.fails_at = Counted.calls + calls[0] - 1
+    with pytest.raises(RuntimeError, match="no"):
+        convert(model, config(), calibration=quick(images(12), batch_size=4))
+    assert threading.active_count() == threads
+    assert not any(module._forward_hooks or "forward" in vars(module) for module in model.modules())
+
+
+def test_images_that_would_take_too_much_memory_to_wait_run_again(net, monkeypatch):
+    waiting = convert(net, config(ghost=0.25), calibration=quick(images()))
+    monkeypatch.setattr("sw_transplant.surgery.calibration.paused._NUMBERS", 0)
+    again = convert(net, config(ghost=0.25), calibration=quick(images()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(waiting.state_dict().values(), again.state_dict().values(), strict=True)
+    )

@@ -65,8 +65,10 @@ def test_a_criterion_for_loops_of_ones_own(pair):
     mine, theirs = (each / 2 for each in (output, teacher(x)))
     kl = nn.functional.kl_div(mine.log_softmax(1), theirs.softmax(1), reduction="batchmean")
     torch.testing.assert_close(loss, 4 * kl + 2 * nn.functional.cross_entropy(output, labels))
-    with pytest.raises(ValueError, match="call the student in train mode"):
+    with pytest.raises(ValueError, match="not called since the last loss"):
         distiller(output)
+    student.eval()
+    assert float(distiller(student(x), labels).detach()) > 0  # the Trainer evaluates, too
     distiller.detach()
 
 

@@ -7,6 +7,7 @@ each module also makes up for what those before it got wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from sw_transplant.surgery.calibration.ghosts import share_out
 from sw_transplant.surgery.calibration.images import Images, read_images
 from sw_transplant.surgery.calibration.layer import costs_of_ghosts, fit_module
 from sw_transplant.surgery.calibration.options import Calibration, CalibrationReport
+from sw_transplant.surgery.calibration.paused import side_by_side
 from sw_transplant.surgery.calibration.progress import progress_bar
 from sw_transplant.surgery.calibration.refit import refit_after
 from sw_transplant.surgery.calibration.responses import Ask, Seen, Visit, run_pairs, visits
@@ -61,22 +63,28 @@ def calibrate(
     calibration.report.layers.clear()
     many = any(visit.calls > 1 for visit in met.values())
     bar = progress_bar(calibration.progress, len(order) + 1, "calibrating")
-    with bar as step, torch.random.fork_rng(devices=[]):  # modules draw filters before they get theirs
+    # Modules draw filters before they get theirs: hence the fork.
+    with bar as step, torch.random.fork_rng(devices=[]), ExitStack() as undo:
         step("sensitivity")
         weights = sensitivities(original, images, sites, config.seed) if calibration.fit == "responses" else {}
         ghosts = {match.path: match.out_channels - active_count(match.out_channels, config) for match in order}
         if config.ghost_budget == "global" and calibration.fit == "responses":
             ghosts = _global_budget(original, images, order, config, calibration, weights, many)
+        waiting = None
+        if calibration.fit == "responses" and not calibration.refit and not many:
+            waiting = undo.enter_context(side_by_side(original, target, images, [match.path for match in order], met))
         for match in order:
             step(match.path)
             site = find_site(target, match.path)
-            check_parameters(site, match, mode=config.mode)
             plain = build(site, match, form=config.form)
             if calibration.fit == "kernels":
                 module = build_shared(plain, match, config)
             else:
                 sums, kept = Sums(match.path, max(plain.kernel_size), shared_tile(config), match.stride), Kept()
-                _collect(original, target, match.path, images, many, [sums, kept])
+                if waiting is not None:
+                    waiting.collect(target, match.path, [sums, kept])
+                else:
+                    _collect(original, target, match.path, images, many, [sums, kept])
                 module, report = fit_module(
                     plain, match, sums, kept, weights[match.path], ghosts[match.path], config, calibration
                 )
@@ -85,6 +93,8 @@ def calibrate(
             module.nonfinite = config.nonfinite
             remember(module, site, match)
             target = _put(target, match, module)
+            if waiting is not None:
+                waiting.placed(match.path, module)
             if calibration.refit and match.path and calibration.fit == "responses":
                 done = refit_after(original, target, match.path, images)
                 calibration.report.layers[-1] = replace(calibration.report.layers[-1], refitted=tuple(done))
@@ -107,6 +117,8 @@ def _check(
     model: nn.Module, images: Images, matches: Sequence[Match], sites: dict[str, nn.Module], config: SWConfig
 ) -> dict[str, Visit]:
     """Which layers the images reach. Whether that is enough shows once all have been through; here: whether any do."""
+    for match in matches:
+        check_parameters(sites[match.path], match, mode=config.mode)
     met = visits(model, images, sites)
     if missing := sorted(sites.keys() - met.keys()):
         raise ValueError(

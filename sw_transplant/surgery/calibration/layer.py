@@ -62,16 +62,10 @@ def fit_module(
             f"{sums.reaching} taps of a channel apart; expected more than that: give more images, or larger ones"
         )
     problem = pose_for(plain, sums, calibration.ridge)
-    # The module of the paper adds its input. Orders and bank decide how much that helps.
-    orders, before, after = choose_orders(
-        problem,
-        config.edge_count,
-        config.seed,
-        candidates=calibration.candidates,
-        swaps=calibration.swaps,
-        residual=True,
-    )
-    fit = fit_layer(problem, orders, True)
+    residual = _adds_input(problem, config)
+    how = {"candidates": calibration.candidates, "swaps": calibration.swaps}
+    orders, before, after = choose_orders(problem, config.edge_count, config.seed, residual=residual, **how)
+    fit = fit_layer(problem, orders, residual)
     missed = (problem.moments.passed - fit.error) * weights.diagonal().to(fit.error)
     bypass = cheapest(missed, ghosts)
     if calibration.mix:
@@ -81,7 +75,7 @@ def fit_module(
     error = fit.error[active.to(fit.error.device)].sum() + problem.moments.passed[list(bypass)].sum()
     energy = problem.moments.target_squared.sum().clamp(min=torch.finfo(torch.float64).tiny)
     spec = SharedSpec(
-        problem.taps.length, problem.taps.tile, config.edge_count, config.paths, bypass, True, config.seed,
+        problem.taps.length, problem.taps.tile, config.edge_count, config.paths, bypass, residual, config.seed,
         _energy_kept(problem, fit, active, bypass), float(error / energy),
     )  # fmt: skip
     module = _make(plain, match, spec, fit, orders, problem.moments, active, config)
@@ -92,14 +86,26 @@ def fit_module(
     return module, report
 
 
+def _adds_input(problem: Problem, config: SWConfig) -> bool:
+    """Whether the module adds its input, as the paper's does: not where a bank comes closer without, as of kernels that
+    have no marked centre."""
+    orders = _drawn(problem, config)
+    objectives = [float(fit_layer(problem, orders, each, rounds=0).objective.sum()) for each in (True, False)]
+    return objectives[0] <= objectives[1]
+
+
+def _drawn(problem: Problem, config: SWConfig) -> Orders:
+    tiles = problem.taps.whole // problem.taps.tile
+    return draw_orders(len(problem.right), tiles, config.edge_count, config.seed)
+
+
 def costs_of_ghosts(
     plain: ShiftwiseConv2d, sums: Sums, kept: Kept, weights: Tensor, config: SWConfig, ridge: float
 ) -> tuple[Tensor, Tensor]:
     """What ghosts of a layer cost, linear and quadratic (:func:`ghosts.exchange`), with the orders that are drawn."""
     problem = pose_for(plain, sums, ridge)
-    tiles = problem.taps.whole // problem.taps.tile
-    orders = draw_orders(len(problem.right), tiles, config.edge_count, config.seed)
-    return costs_together(problem, fit_layer(problem, orders, True), kept, weights, 1.0)
+    fit = fit_layer(problem, _drawn(problem, config), _adds_input(problem, config))
+    return costs_together(problem, fit, kept, weights, 1.0)
 
 
 def pose_for(plain: ShiftwiseConv2d, sums: Sums, ridge: float) -> Problem:

@@ -76,7 +76,7 @@ class CalibrationReport:
         return f"{table}\nThe original's class on {self.agreement[0]} of {self.agreement[1]} held-out images."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Calibration images and how they are used: what :func:`convert` takes as ``calibration``, images alone will do.
 
@@ -115,7 +115,7 @@ class Calibration:
     input_size: int | tuple[int, ...] | None = None
     count: int = 64
     progress: bool = True
-    report: CalibrationReport = field(default_factory=CalibrationReport, init=False, compare=False, repr=False)
+    report: CalibrationReport = field(default_factory=CalibrationReport, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.fit not in ("responses", "kernels"):
