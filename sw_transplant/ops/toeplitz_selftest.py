@@ -41,12 +41,16 @@ def _why_no_kernel(device: int) -> str:
             stacklevel=2,
         )
         return missing
-    if not launch.is_available(device):  # which warns, and asks again by itself
-        raise Passing("needs CUDA kernels, which do not run here")
-    problem = self_test(torch.device("cuda", device))
-    if problem:  # remembered there, if it lasts
+    if not launch.is_available(device):  # which warns
+        missing = "needs CUDA kernels, which do not run here"
+        if not launch.answer_lasts(device):
+            raise Passing(missing)
+        return missing
+    place = torch.device("cuda", device)
+    problem = self_test(place)
+    if problem and not self_test.lasts(place):
         raise Passing(problem)
-    return ""
+    return problem
 
 
 @Remembered
