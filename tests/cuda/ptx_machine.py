@@ -62,8 +62,9 @@ class Program:
 class Machine:
     """Global memory, and launches of one program."""
 
-    def __init__(self, program: Program, shared_bytes: int) -> None:
-        self.program, self.shared_bytes = program, shared_bytes
+    def __init__(self, program: Program, shared_bytes: int, ops: type[Lockstep] = Lockstep) -> None:
+        """ops: how matrix products are added up."""
+        self.program, self.shared_bytes, self.ops = program, shared_bytes, ops
         self.buffers: list[tuple[int, np.ndarray]] = []
         self.executed = 0
 
@@ -138,7 +139,7 @@ class Warp:
             math = {"tf32": "tf32", "f16": "float16", "bf16": "bfloat16"}[modifiers[-2]]
             d, a, b, c = (self._group(operand) for operand in operands)
             words = [[self.read(r, "b32") for r in group] for group in (a, b)]
-            sums = Lockstep(None, math).mma(*words, [self.read(r, "f32") for r in c])
+            sums = self.machine.ops(None, math).mma(*words, [self.read(r, "f32") for r in c])
             for register, value in zip(d, sums, strict=True):
                 self.write(register, value, active)
         elif operation == "ldmatrix":

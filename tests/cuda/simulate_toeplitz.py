@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from numba import cuda
 
+from sw_transplant.cuda.toeplitz import launcher
 from sw_transplant.cuda.toeplitz.kernel import toeplitz_source
 from sw_transplant.cuda.toeplitz.launcher import divide
 from sw_transplant.cuda.toeplitz.plan import Plan
@@ -19,7 +20,7 @@ from sw_transplant.cuda.toeplitz.staging import DTYPES
 from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference
 from tests.cuda.lockstep import Lockstep
 from tests.cuda.simulation import Warps, bits, main, memory, stored, vector
-from tests.cuda.toeplitz_cases import Tiles
+from tests.cuda.toeplitz_cases import DEVICES, Tiles
 
 BOUNDS = {"tf32": 1e-3, "tf32x3": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
 
@@ -47,7 +48,8 @@ def simulated_products(plan: Plan):
 def run(plan, x, weights, bias, residual) -> torch.Tensor:
     out = torch.full_like(x, float("nan"))
     source = toeplitz_source(plan, bias is not None, residual, simulated_products(plan))
-    grid = divide(plan, x.shape[0], x.shape[1], tuple(x.shape[2:]))
+    launcher.choose_turns = lambda groups, *_: min(groups, 2)
+    grid = divide(plan, x.shape[0], x.shape[1], tuple(x.shape[2:]), DEVICES[9, 0])
     pointers = [bits(weights[min(i, len(weights) - 1)]) for i in range(4)]
     sizes = (*x.shape, *grid.tiles, grid.turns)
     kernel = cuda.jit(source.function)
@@ -80,7 +82,7 @@ class Case:
         return self.origins or tuple((kh // 2, kw // 2) for kh, kw in self.sizes)
 
     def plan(self, math: str) -> Plan:
-        plan = choose_plan(math, self.size, self.sizes, self.padding(), 227 * 1024, 228 * 1024)
+        plan = choose_plan(math, self.size, self.sizes, self.padding(), DEVICES[9, 0])
         if self.square_axis is not None:
             plan = replace(plan, kernels=tuple(replace(kernel, axis=self.square_axis) for kernel in plan.kernels))
         return plan if self.tiles is None else self.tiles.applied(plan, self.size)

@@ -7,6 +7,7 @@ pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
 
 from sw_transplant.cuda import toeplitz as kernels
 from sw_transplant.cuda.intrinsics import SIMULATOR
+from sw_transplant.cuda.toeplitz.division import Device
 from sw_transplant.cuda.toeplitz.gradient import launcher
 from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
 from sw_transplant.cuda.toeplitz.staging import DTYPES
@@ -15,7 +16,7 @@ from sw_transplant.ops.toeplitz_selftest import weight_grad_self_test
 from tests.cuda.assembler import compile_to_ptx
 from tests.cuda.gradient_error import gradient_error
 from tests.cuda.ptx_machine import Machine, Program, bits_of
-from tests.cuda.toeplitz_cases import SHARED_LIMITS, Layer, strips
+from tests.cuda.toeplitz_cases import DEVICES, Layer, strips
 
 pytestmark = pytest.mark.skipif(SIMULATOR, reason="the simulator compiles nothing")
 BOUNDS = {"tf32": 5e-4, "tf32x3": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
@@ -75,7 +76,7 @@ def test_self_test(interpreted: list, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a device is asked before the kernel is used, with the plan that a GPU would get."""
 
     def plan_for(x, sizes, origins):
-        return choose_gradient_plan("tf32", x.shape[2:], tuple(sizes), tuple(origins), *SHARED_LIMITS[9, 0])
+        return choose_gradient_plan("tf32", x.shape[2:], tuple(sizes), tuple(origins), DEVICES[9, 0])
 
     monkeypatch.setattr(kernels, "weight_grad_plan_for", plan_for)
     weight_grad_self_test.cache_clear()
@@ -104,5 +105,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list:
         )
 
     monkeypatch.setattr(launcher, "launch", launch)
-    monkeypatch.setattr(launcher, "ENOUGH_BLOCKS", 4)  # so that a block takes several turns
+    few = Device(1, 227 * 1024, 228 * 1024, blocks=4)  # blocks, so that one takes several turns
+    monkeypatch.setattr(launcher, "device_of", lambda index: few)
     return launches

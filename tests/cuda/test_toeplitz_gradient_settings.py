@@ -14,7 +14,7 @@ from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
 from sw_transplant.cuda.toeplitz.gradient.product import count, multiply, spread
 from sw_transplant.cuda.toeplitz.gradient.settings import MOST_SUMS, MOST_WARPS, choose_gradient_plan
 from sw_transplant.cuda.toeplitz.tally import Tally
-from tests.cuda.toeplitz_cases import LAYERS, MATHS, SHARED_LIMITS, Layer, strips
+from tests.cuda.toeplitz_cases import DEVICES, LAYERS, MATHS, Layer, strips
 from tests.sampling import sample
 
 SIZES = [(1, 1), (7, 7), (13, 29), (28, 28), (56, 56), (33, 72), (65, 97), (130, 40), (40, 130), (512, 2048)]
@@ -64,9 +64,9 @@ class Trace(Tally):
 @pytest.mark.parametrize(("math", "size", "sizes", "capability"), sample(PLANS, QUICK), ids=str)
 def test_limits_and_addresses(math, size, sizes, capability) -> None:
     origins = tuple(((kh - 1) // 2, kw // 2) for kh, kw in sizes)
-    plan = choose_gradient_plan(math, size, sizes, origins, *SHARED_LIMITS[capability])
+    plan = choose_gradient_plan(math, size, sizes, origins, DEVICES[capability])
     assert plan is not None
-    assert 4 * plan.shared_words <= SHARED_LIMITS[capability][0]
+    assert 4 * plan.shared_words <= DEVICES[capability].shared_limit
     assert plan.warps <= MOST_WARPS
     assert plan.most_resident >= 1
     assert plan.sums <= MOST_SUMS
@@ -140,7 +140,7 @@ def test_products_are_enough_and_few(layer: Layer, math: str) -> None:
 def test_every_tile_belongs_to_one_block(layer: Layer, batch: int) -> None:
     channels = 96
     for plan in {layer.gradient_plan("float16"), replace(layer.gradient_plan("tf32"), planes=3)}:
-        grid = divide_gradient(plan, batch, channels, layer.size)
+        grid = divide_gradient(plan, batch, channels, layer.size, DEVICES[9, 0])
         for extent, tiles, tile in zip(layer.size, grid.tiles, plan.tile, strict=True):
             assert (tiles - 1) * tile < extent <= tiles * tile
         assert grid.items == batch * grid.tiles[0] * grid.tiles[1]
@@ -195,9 +195,9 @@ def test_chunks_are_added_up_for_each_kernel() -> None:
 )
 def test_no_plan(size, sizes, origins) -> None:
     for math in MATHS:
-        assert choose_gradient_plan(math, size, sizes, origins, *SHARED_LIMITS[9, 0]) is None
+        assert choose_gradient_plan(math, size, sizes, origins, DEVICES[9, 0]) is None
 
 
 def test_the_search_is_a_function_of_its_arguments() -> None:
-    arguments = ("tf32", (56, 56), strips(51, 5), ((25, 2), (2, 25)), *SHARED_LIMITS[9, 0])
+    arguments = ("tf32", (56, 56), strips(51, 5), ((25, 2), (2, 25)), DEVICES[9, 0])
     assert choose_gradient_plan.__wrapped__(*arguments) == choose_gradient_plan.__wrapped__(*arguments)

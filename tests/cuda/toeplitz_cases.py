@@ -3,13 +3,18 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sw_transplant.cuda.toeplitz.division import Device
 from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
 from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
 from sw_transplant.cuda.toeplitz.plan import Plan
 from sw_transplant.cuda.toeplitz.settings import choose_plan
 
 MATHS = ["tf32", "tf32x3", "float16", "bfloat16"]
-SHARED_LIMITS = {(9, 0): (227 * 1024, 228 * 1024), (8, 0): (163 * 1024, 164 * 1024), (8, 6): (99 * 1024, 100 * 1024)}
+DEVICES = {
+    (9, 0): Device(132, 227 * 1024, 228 * 1024),
+    (8, 0): Device(108, 163 * 1024, 164 * 1024),
+    (8, 6): Device(84, 99 * 1024, 100 * 1024, warps=48, blocks=16),
+}
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,11 @@ class Layer:
         return tuple((kh // 2, kw // 2) for kh, kw in self.sizes)
 
     def plan(self, math: str, capability: tuple[int, int] = (9, 0)) -> Plan | None:
-        return choose_plan(math, self.size, self.sizes, self.origins, *SHARED_LIMITS[capability])
+        return choose_plan(math, self.size, self.sizes, self.origins, DEVICES[capability])
 
     def gradient_plan(self, math: str, capability: tuple[int, int] = (9, 0), **division: Any) -> GradientPlan | None:
         """The plan for the gradients of the kernels, with another division of the work where one is given."""
-        plan = choose_gradient_plan(math, self.size, self.sizes, self.origins, *SHARED_LIMITS[capability])
+        plan = choose_gradient_plan(math, self.size, self.sizes, self.origins, DEVICES[capability])
         return replace(plan, **division) if plan is not None else None
 
 

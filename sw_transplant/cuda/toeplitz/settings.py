@@ -5,48 +5,61 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
+from sw_transplant.cuda.toeplitz.division import Device
 from sw_transplant.cuda.toeplitz.plan import Kernel, Plan, Size
 from sw_transplant.cuda.toeplitz.product import count
 
 WHOLE_COLUMNS = 9  # a map up to 72 wide is one tile across
-WHOLE_ROWS = 128
 MOST_SUMS = 112  # registers of a thread for sums
 MOST_WARPS = 4  # of a thread block: few, so that few wait for each other
-RESERVED_SHARED = 1024  # bytes that each thread block costs beside its own
 RESIDENT_WARPS = 12  # of a multiprocessor: with fewer than that its units stand idle
 
 # What one costs, in cycles of a multiprocessor: a matrix product, a word for each lane from shared memory, and a word
 # for each lane staged (address, load, rounding, store), which the four schedulers share.
 PRODUCT_CYCLES, LOAD_CYCLES, STAGE_CYCLES = 2.0, 1.0, 6.0
+START_CYCLES = 2000  # of a thread block, until its first loads have arrived
 
 
 @functools.lru_cache(maxsize=1024)
 def choose_plan(
-    math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...], shared_limit: int, shared_total: int
+    math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...], device: Device
 ) -> Plan | None:
-    """The plan of least cost for a map, or None if none fits.
+    """The plan of least cost for a map, or None if none fits, as for an empty map.
 
     Args:
         math: as in `Plan`.
         size: (H, W) of the map.
         sizes, origins: taps and zeros before the map of each kernel.
-        shared_limit, shared_total: bytes of shared memory of a thread block, and of a multiprocessor.
+        device: that it is for.
     """
+    if 0 in size:
+        return None
     best: tuple[float, Plan] | None = None
     for plan in _candidates(math, size, sizes, origins):
         cycles = _cycles(plan, size)
         for planes in (1, 2, 4):
             several = dataclasses.replace(plan, planes=planes)
-            shared = 4 * several.shared_words
-            if planes * plan.parts > max(MOST_WARPS, plan.parts) or shared > shared_limit:
+            resident = resident_blocks(several, device)
+            if planes * plan.parts > max(MOST_WARPS, plan.parts) or not resident:
                 break
-            resident = min(shared_total // (shared + RESERVED_SHARED), 65536 // (several.threads * several.registers))
             warps = resident * planes * several.parts
             taps = several.first_tap(len(sizes)) / planes
-            cost = (cycles + STAGE_CYCLES / 4 * taps / 32) * max(1.0, RESIDENT_WARPS / max(warps, 1))
+            cost = (cycles + STAGE_CYCLES / 4 * taps / 32) * max(1.0, RESIDENT_WARPS / warps)
             if best is None or cost < best[0]:
                 best = cost, several
     return best[1] if best else None
+
+
+def resident_blocks(plan: Plan, device: Device) -> int:
+    """Thread blocks of a plan that are on a multiprocessor at a time."""
+    return device.resident(plan.threads, plan.registers, 4 * plan.shared_words)
+
+
+@functools.lru_cache(maxsize=1024)
+def fixed_turns(plan: Plan) -> float:
+    """What a thread block costs beside its turns, in turns."""
+    taps = STAGE_CYCLES / 4 * plan.first_tap(len(plan.kernels)) / 32
+    return (START_CYCLES + taps) / (plan.planes * _tile_cycles(plan))
 
 
 def _candidates(math: str, size: Size, sizes: Sequence[Size], origins: Sequence[Size]) -> Iterator[Plan]:
@@ -81,9 +94,10 @@ def oriented(sizes: Sequence[Size], origins: Sequence[Size]) -> Iterator[tuple[K
 def _tile_columns(width: int) -> list[int]:
     """Groups of 8 columns of a tile: all of a narrow map, equal shares of a wide one."""
     groups = -(-width // 8)
-    if groups <= WHOLE_COLUMNS:
+    whole = {groups} if groups <= WHOLE_COLUMNS else set()
+    if groups < WHOLE_COLUMNS:
         return [groups]
-    return sorted({-(-groups // across) for across in (-(-groups // 8), -(-groups // 7), -(-groups // 4))})
+    return sorted(whole | {-(-groups // across) for across in (-(-groups // 8), -(-groups // 7), -(-groups // 4))})
 
 
 def _starts(kernels: Sequence[Kernel], axis: int, whole: int | None) -> list[int]:
@@ -101,23 +115,29 @@ def _registers(plan: Plan) -> int | None:
     """Registers of a thread that the assembler gets along with (`tests/cuda/test_toeplitz_ptx.py`); None if too many.
 
     Beside the sums it wants the fragments of a line of taps and the loads that are under way: more of them where a line
-    has many steps, and twice as many for split operands.
+    has many steps, and twice as many for split operands, whose products wait in registers of their own to be added.
     """
     sums = 4 * plan.blocks * plan.columns
+    limits: tuple[tuple[int, int], ...]
     if plan.math == "tf32x3":
-        limits = ((24, 128), (32, 168), (64, 255))
+        long = any(plan.contracted(axis) and plan.steps(axis) > 9 for axis in (0, 1))
+        limits = ((16, 168 if long else 128), (32, 255))
     else:
-        long = plan.contracted(1) and plan.steps(1) > 10
+        long = bool(plan.contracted(1)) and plan.steps(1) > 10
         limits = ((48 if long else 56, 128), (72, 168), (112, 255))
     return next((registers for limit, registers in limits if sums <= limit), None)
 
 
 def _cycles(plan: Plan, size: Size) -> float:
     """Cycles of one image and channel, on a multiprocessor that never waits."""
+    down, across = (-(-s // t) for s, t in zip(size, plan.step_out, strict=True))
+    return down * across * _tile_cycles(plan)
+
+
+def _tile_cycles(plan: Plan) -> float:
+    """The same for one tile of it."""
     tally = count(plan)
     copies = set(plan.copies.values())
     staged = sum(copy.lead + copy.rows * copy.pitch for copy in copies) + plan.tile[0] * plan.tile[1]
     products = tally.products * (3 if plan.math == "tf32x3" else 1)
-    cycles = PRODUCT_CYCLES * products + LOAD_CYCLES * tally.loads + STAGE_CYCLES / 4 * staged / 32
-    down, across = (-(-s // t) for s, t in zip(size, plan.step_out, strict=True))
-    return down * across * cycles
+    return PRODUCT_CYCLES * products + LOAD_CYCLES * tally.loads + STAGE_CYCLES / 4 * staged / 32

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from sw_transplant.cuda.launch import launch
 from sw_transplant.cuda.sources import Factory
+from sw_transplant.cuda.toeplitz.division import Device, choose_turns, device_of
 from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
-from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
-from sw_transplant.cuda.toeplitz.launcher import ENOUGH_BLOCKS, INT32_MAX, arguments_of_plan
+from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan, fixed_turns, resident_blocks
+from sw_transplant.cuda.toeplitz.launcher import INT32_MAX, arguments_of_plan
 from sw_transplant.cuda.toeplitz.plan import Size
 
 GRADIENT = Factory("sw_transplant.cuda.toeplitz.gradient.kernel", "gradient_source")
@@ -21,8 +22,8 @@ MOST_TURNS = 64  # sums of a chunk: few enough that truncation in the hardware s
 class GradientGrid(NamedTuple):
     """How a call is divided over thread blocks.
 
-    A block takes `turns` groups of `plan.planes` tiles of one channel, one after the other: as many as leave enough
-    blocks for the GPU, and no more than MOST_TURNS. The workspace has a float32 of every tap for each chunk: with many
+    A block takes `turns` groups of `plan.planes` tiles of one channel, one after the other: so many that the device is
+    done soonest, and no more than MOST_TURNS. The workspace has a float32 of every tap for each chunk: with many
     channels there are few chunks, and with few channels few taps.
     """
 
@@ -33,14 +34,14 @@ class GradientGrid(NamedTuple):
     blocks: int
 
 
-def divide_gradient(plan: GradientPlan, batch: int, channels: int, size: Size) -> GradientGrid:
+def divide_gradient(plan: GradientPlan, batch: int, channels: int, size: Size, device: Device) -> GradientGrid:
     """The grid for a batch; channels of one chunk are neighbours, and the shares of a channel, which read the same."""
     down, across = (-(-s // t) for s, t in zip(size, plan.tile, strict=True))
-    items = batch * down * across
-    groups = -(-items // plan.planes)
-    turns = max(1, min(groups, MOST_TURNS, groups * channels * plan.shares // ENOUGH_BLOCKS))
+    items, each = batch * down * across, channels * plan.shares
+    groups, slots = -(-items // plan.planes), device.multiprocessors * resident_blocks(plan, device)
+    turns = choose_turns(groups, each, slots, fixed_turns(plan), MOST_TURNS)
     chunks = -(-groups // turns)
-    return GradientGrid((down, across), items, turns, chunks, chunks * channels * plan.shares)
+    return GradientGrid((down, across), items, turns, chunks, chunks * each)
 
 
 def weight_grad_plan_for(x: Tensor, sizes: Sequence[Size], origins: Sequence[Size]) -> GradientPlan | None:
@@ -49,7 +50,7 @@ def weight_grad_plan_for(x: Tensor, sizes: Sequence[Size], origins: Sequence[Siz
     plan = None if arguments is None else choose_gradient_plan(*arguments)
     if plan is None:
         return None
-    grid = divide_gradient(plan, x.shape[0], x.shape[1], (x.shape[2], x.shape[3]))
+    grid = divide_gradient(plan, x.shape[0], x.shape[1], (x.shape[2], x.shape[3]), device_of(x.device.index))
     if max(grid.blocks, grid.items + grid.turns * plan.planes) > INT32_MAX:
         return None
     return plan
@@ -58,7 +59,7 @@ def weight_grad_plan_for(x: Tensor, sizes: Sequence[Size], origins: Sequence[Siz
 def toeplitz_weight_grad(x: Tensor, grad: Tensor, plan: GradientPlan) -> list[Tensor]:
     """The gradient (C, 1, kh, kw) of every kernel; x and grad (B, C, H, W) are contiguous, of one dtype, not empty."""
     batch, channels, height, width = x.shape
-    grid = divide_gradient(plan, batch, channels, (height, width))
+    grid = divide_gradient(plan, batch, channels, (height, width), device_of(x.device.index))
     workspace = torch.empty(grid.chunks, channels * plan.taps, dtype=torch.float32, device=x.device)
     arguments = [x, grad, workspace, grid.items, channels, height, width, *grid.tiles, grid.turns]
     launch(GRADIENT, (plan,), grid.blocks, plan.threads, arguments, 4 * plan.shared_words)

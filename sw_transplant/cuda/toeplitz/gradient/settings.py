@@ -6,15 +6,16 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from sw_transplant.cuda.toeplitz.division import Device
 from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
 from sw_transplant.cuda.toeplitz.gradient.product import count
 from sw_transplant.cuda.toeplitz.plan import Size, padded
 from sw_transplant.cuda.toeplitz.settings import (
     LOAD_CYCLES,
     PRODUCT_CYCLES,
-    RESERVED_SHARED,
     RESIDENT_WARPS,
     STAGE_CYCLES,
+    START_CYCLES,
     oriented,
 )
 from sw_transplant.cuda.toeplitz.staging import IN_FLIGHT
@@ -24,7 +25,6 @@ CUT = 48  # with more than that, tiles may be smaller than the map
 TILES = (32, 64, 96)  # about the rows or columns of the tiles of a map that is cut
 MOST_SUMS = 144  # registers of a thread for sums
 MOST_WARPS = 12  # of a thread block
-MOST_RESIDENT = 16  # thread blocks that a multiprocessor of any kind takes
 WAIT_CYCLES = 700  # from a load of global memory to its arrival
 TURNS = 8  # the fragments of a line are given away once in about so many turns
 
@@ -39,21 +39,36 @@ class Work(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def choose_gradient_plan(
-    math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...], shared_limit: int, shared_total: int
+    math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...], device: Device
 ) -> GradientPlan | None:
     """The plan of least cost for a map, or None if none fits; arguments as of `toeplitz.settings.choose_plan`."""
+    if 0 in size:
+        return None
     best: tuple[float, GradientPlan] | None = None
     for shape in _shapes(math, size, sizes, origins):
         tiles = -(-size[0] // shape.tile[0]) * -(-size[1] // shape.tile[1])
         work = _work(shape)
         for plan in _divisions(shape):
-            shared = 4 * plan.shared_words
-            if shared <= shared_limit:
-                resident = min(shared_total // (shared + RESERVED_SHARED), plan.most_resident, MOST_RESIDENT)
+            resident = resident_blocks(plan, device)
+            if resident:
                 cost = tiles * _cycles(plan, work, resident)
                 if best is None or cost < best[0]:
                     best = cost, plan
     return best[1] if best else None
+
+
+def resident_blocks(plan: GradientPlan, device: Device) -> int:
+    """Thread blocks of a plan that are on a multiprocessor at a time."""
+    return device.resident(plan.threads, plan.registers, 4 * plan.shared_words)
+
+
+@functools.lru_cache(maxsize=1024)
+def fixed_turns(plan: GradientPlan) -> float:
+    """What a thread block costs beside its turns, in turns: it begins with zeros, and gives its sums away."""
+    work = _work(plan)
+    turn = plan.planes * (sum(work.groups) / plan.shares + work.staging)
+    zeros = STAGE_CYCLES / 4 / 4 * plan.shared_words / 32
+    return (START_CYCLES + zeros + work.giving * plan.parts * plan.planes / plan.shares) / turn
 
 
 def _shapes(math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...]) -> Iterator[GradientPlan]:
