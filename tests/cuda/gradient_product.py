@@ -5,8 +5,7 @@ import torch
 
 from sw_transplant.cuda.toeplitz.gradient.plan import ROWS, GradientPlan
 from sw_transplant.cuda.toeplitz.gradient.product import multiply, spread
-from sw_transplant.cuda.toeplitz.plan import Copy
-from sw_transplant.cuda.toeplitz.staging import Region
+from sw_transplant.cuda.toeplitz.plan import Copy, Region
 from tests.cuda.lockstep import LANES, Lockstep
 
 

@@ -109,6 +109,7 @@ def test_a_damaged_file_is_as_if_it_were_not_there(damage: str, kept: Path) -> N
 
 WRITE = """
 import sys
+import sw_transplant.cuda.shift_add, sw_transplant.cuda.toeplitz
 from tests.cuda.test_storage import CUBIN, JOB, storage
 assert storage.read(JOB) == CUBIN
 assert not {"numba", "llvmlite", "cuda.core"} & set(sys.modules)

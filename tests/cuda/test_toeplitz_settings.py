@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
 
+from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
 from sw_transplant.cuda.toeplitz.launcher import MOST_TURNS, divide
 from sw_transplant.cuda.toeplitz.plan import Plan
 from sw_transplant.cuda.toeplitz.product import count, multiply, spread
@@ -144,6 +145,12 @@ def test_products_outside_the_band_are_left_out(layer, math: str) -> None:
 
 def test_no_plan_for_taps_that_do_not_fit() -> None:
     assert choose_plan("tf32", (300, 300), ((301, 301),), ((150, 150),), DEVICES[9, 0]) is None
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("choose", [choose_plan, choose_gradient_plan])
+def test_no_plan_for_an_empty_map(choose, size) -> None:
+    assert choose("tf32", size, strips(13, 5), ((6, 2), (2, 6)), *SHARED_LIMITS[9, 0]) is None
 
 
 def test_the_search_is_a_function_of_its_arguments() -> None:

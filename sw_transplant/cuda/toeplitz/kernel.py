@@ -19,8 +19,8 @@ from sw_transplant.cuda.intrinsics import (
     quotient,
 )
 from sw_transplant.cuda.sources import KernelSource
-from sw_transplant.cuda.toeplitz.plan import MAX_KERNELS, TAP_MARGIN, Plan, line_words
-from sw_transplant.cuda.toeplitz.staging import ALIGNMENT, DTYPES, IN_FLIGHT, arrange, raw_type, stage_map_of, word_of
+from sw_transplant.cuda.toeplitz.plan import IN_FLIGHT, MAX_KERNELS, TAP_MARGIN, Plan, line_words
+from sw_transplant.cuda.toeplitz.staging import ALIGNMENT, DTYPES, arrange, raw_type, stage_map_of, word_of
 from sw_transplant.cuda.toeplitz.words import block_afresh, thread_afresh
 
 int32, uint32, int64, uint64, float32 = types.int32, types.uint32, types.int64, types.uint64, types.float32

@@ -10,11 +10,13 @@ counted in words of 32 bits: one TF32 value, or two neighbours of 16 bits along 
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Size = tuple[int, int]
 
 MAX_KERNELS = 4  # that one kernel of the GPU takes
 TAP_MARGIN = 14  # zeros before a line of taps; 13 after it: as far as a fragment that touches the line reaches out
+IN_FLIGHT = 16  # loads of a thread that overlap
 MAX_REACH = 4096  # taps of a kernel along an axis: keeps all offsets within 32 bits
 
 
@@ -62,6 +64,23 @@ class Copy:
         return self.first + self.rows * self.pitch
 
 
+class Region(NamedTuple):
+    """The part of a copy that is staged: its first row and word, how many there are, and whether all of the rows, and
+    all values of the words, lie on the map wherever the tile is."""
+
+    row: int
+    word: int
+    rows: int
+    words: int
+    rows_inside: bool = False
+    columns_inside: bool = False
+
+
+def is_packed(math: str) -> bool:
+    """Whether a word has two values."""
+    return math in ("float16", "bfloat16")
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that a Toeplitz kernel is compiled for.
@@ -92,7 +111,7 @@ class Plan:
     @property
     def packed(self) -> bool:
         """Whether a word has two values."""
-        return self.math in ("float16", "bfloat16")
+        return is_packed(self.math)
 
     @property
     def depth(self) -> int:

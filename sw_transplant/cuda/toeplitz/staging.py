@@ -1,13 +1,11 @@
 # mypy: disallow-untyped-defs=False
 """From global to shared memory: zero-padded copies of a map, as words that the products take."""
 
-from typing import NamedTuple
-
 import torch
 from numba.cuda import types
 
 from sw_transplant.cuda.intrinsics import SIMULATOR, device_function, float32_bits, quotient
-from sw_transplant.cuda.toeplitz.plan import Copy
+from sw_transplant.cuda.toeplitz.plan import IN_FLIGHT, Copy, Region, is_packed
 from sw_transplant.cuda.toeplitz.words import round_to_tf32
 
 if SIMULATOR:
@@ -30,24 +28,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 ALIGNMENT = None if SIMULATOR else 16  # bytes, of shared memory: matrices are loaded by rows of 16
-IN_FLIGHT = 16  # loads of a thread that overlap
-
-
-class Region(NamedTuple):
-    """The part of a copy that is staged: its first row and word, how many there are, and whether all of the rows, and
-    all values of the words, lie on the map wherever the tile is."""
-
-    row: int
-    word: int
-    rows: int
-    words: int
-    rows_inside: bool = False
-    columns_inside: bool = False
-
-
-def is_packed(math: str) -> bool:
-    """Whether a word has two values."""
-    return math in ("float16", "bfloat16")
 
 
 def raw_type(math: str):

@@ -16,8 +16,7 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sw_transplant.cuda.toeplitz.plan import Copy, Kernel, Size, padded
-from sw_transplant.cuda.toeplitz.staging import Region, is_packed
+from sw_transplant.cuda.toeplitz.plan import Copy, Kernel, Region, Size, is_packed, padded
 
 ROWS, COLUMNS = 16, 8  # of a fragment of sums: positions in the gradient, positions in the map
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from sw_transplant.cuda.toeplitz.division import Device
 from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
 from sw_transplant.cuda.toeplitz.gradient.product import count
-from sw_transplant.cuda.toeplitz.plan import Size, padded
+from sw_transplant.cuda.toeplitz.plan import IN_FLIGHT, Size, padded
 from sw_transplant.cuda.toeplitz.settings import (
     LOAD_CYCLES,
     PRODUCT_CYCLES,
@@ -18,7 +18,6 @@ from sw_transplant.cuda.toeplitz.settings import (
     START_CYCLES,
     oriented,
 )
-from sw_transplant.cuda.toeplitz.staging import IN_FLIGHT
 
 WHOLE = 96  # rows or columns that one tile covers
 CUT = 48  # with more than that, tiles may be smaller than the map
