@@ -18,6 +18,7 @@ from sw_transplant.cuda.toeplitz.gradient.launcher import divide_gradient, gradi
 from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
 from sw_transplant.cuda.toeplitz.gradient.product import multiply, spread
 from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
+from sw_transplant.cuda.toeplitz.plan import widest_vector
 from sw_transplant.cuda.toeplitz.staging import DTYPES
 from tests.cuda.gradient_error import gradient_error
 from tests.cuda.lockstep import Lockstep
@@ -64,6 +65,7 @@ class Case:
     channels: int = 1
     origins: Sizes = ()
     turns: int = 64  # of a thread block, at most
+    planes: int = 0  # of a thread block, for channels_last maps
     division: dict[str, Any] = field(default_factory=dict)  # of the work, where it is not the chosen one
     square_axis: int | None = None  # the axis that all lines lie along
 
@@ -75,6 +77,9 @@ class Case:
         assert plan is not None
         if self.square_axis is not None:
             plan = replace(plan, kernels=tuple(replace(kernel, axis=self.square_axis) for kernel in plan.kernels))
+        if self.planes:
+            vector = min(self.planes, widest_vector(math, self.channels))
+            plan = replace(plan, channels_last=True, planes=self.planes, vector=vector)
         return replace(plan, **self.division)
 
 
@@ -115,6 +120,8 @@ CASES = [
     Case("7 x 7, some channels", (9, 23), ((7, 7),), ("tf32", "bfloat16"), batch=2, channels=2, turns=2),
     Case("even and asymmetric", (15, 11), ((8, 4), (4, 6), (2, 2)), FEW, origins=((1, 3), (3, 0), (0, 2))),
     Case("beside the map", (9, 9), ((3, 5), (5, 3)), FEW, origins=((-2, 6), (7, -1)), channels=2),
+    Case("channels last, strips", (13, 14), ((9, 3), (3, 9)), batch=3, channels=6, planes=4, turns=2),
+    Case("channels last, tiles", (20, 35), ((5, 5),), FEW, channels=3, planes=2, turns=2, division=cut(16, 16)),
     Case("four kernels on a pixel", (1, 1), ((5, 3), (3, 5), (3, 3), (1, 1)), FEW, batch=5, turns=2),
 ]
 
@@ -124,6 +131,8 @@ def check(case: Case, math: str) -> float:
     generator = torch.Generator().manual_seed(len(case.name))
     shape, dtype, plan = (case.batch, case.channels, *case.size), DTYPES[math], case.plan(math)
     x, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    if case.planes:
+        x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     launcher.choose_turns = lambda groups, *_: min(groups, case.turns)
     grid = divide_gradient(plan, case.batch, case.channels, case.size, DEVICES[9, 0])
     workspace = torch.full((grid.chunks, case.channels * plan.taps), float("nan"))

@@ -13,6 +13,7 @@ from sw_transplant.cuda.toeplitz.gradient.launcher import MOST_TURNS, divide_gra
 from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
 from sw_transplant.cuda.toeplitz.gradient.product import count, multiply, spread
 from sw_transplant.cuda.toeplitz.gradient.settings import MOST_SUMS, MOST_WARPS, choose_gradient_plan
+from sw_transplant.cuda.toeplitz.plan import unit
 from sw_transplant.cuda.toeplitz.tally import Tally
 from tests.cuda.toeplitz_cases import DEVICES, LAYERS, MATHS, Layer, strips
 from tests.sampling import sample
@@ -73,10 +74,13 @@ def test_limits_and_addresses(math, size, sizes, capability) -> None:
     for whole, extent, tile in zip(plan.whole, size, plan.tile, strict=True):
         assert tile == extent if whole is not None else tile % 16 == 0
         assert whole in (None, extent)
-    for copy, region in ((plan.grad_copy, plan.grad_region), (plan.map_copy, plan.map_region)):
+    for copy, area in ((plan.grad_copy, plan.grad_area), (plan.map_copy, plan.map_area)):
         assert copy.first % 4 == 0
-        assert 0 <= region.row <= region.row + region.rows <= copy.rows
-        assert 0 <= region.word <= region.word + region.words <= copy.pitch
+        assert copy.row <= area.row <= area.row + area.rows <= copy.row + copy.rows
+        assert area.column % unit(math) == 0
+        assert copy.column - unit(math) < area.column
+        assert copy.column % (4 if plan.packed else unit(math)) == 0
+        assert area.column + area.columns <= copy.column + copy.pitch * copy.step[1]
     assert plan.map_copy.first >= plan.grad_copy.end
     for group, part in itertools.product(range(plan.shares * plan.together), range(plan.parts)):
         for plane in {0, plan.planes - 1}:
