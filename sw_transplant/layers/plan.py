@@ -57,7 +57,7 @@ class Layer(Protocol):
     def out_size(self, size: Size) -> Size: ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Plan:
     """What runs on maps of one size.
 

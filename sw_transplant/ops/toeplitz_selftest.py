@@ -82,11 +82,12 @@ def weight_grad_self_test(device: torch.device) -> str:
 
         x, grad, _, sizes, origins = _trial()
         there = x.to(device)
-        plan = kernels.weight_grad_plan_for(there, pairs(sizes), pairs(origins))
+        grad_there = grad.to(device)
+        plan = kernels.weight_grad_plan_for(there, grad_there, pairs(sizes), pairs(origins))
         if plan is None:
             return [], []
         expected = toeplitz_weight_grad_reference(x, grad, sizes, origins)
-        return kernels.toeplitz_weight_grad(there, grad.to(device), plan), expected
+        return kernels.toeplitz_weight_grad(there, grad_there, plan), expected
 
     return _problem("the weight gradient of toeplitz", device, trial)
 

@@ -39,7 +39,7 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return [value for pair in pairs for value in pair]
 
     monkeypatch.setattr(kernels, "plan_for", lambda x, sizes, origins: flat(origins))
-    monkeypatch.setattr(kernels, "weight_grad_plan_for", lambda x, sizes, origins: (flat(sizes), flat(origins)))
+    monkeypatch.setattr(kernels, "weight_grad_plan_for", lambda x, grad, sizes, origins: (flat(sizes), flat(origins)))
     monkeypatch.setattr(kernels, "toeplitz_conv_forward", exact_conv)
     monkeypatch.setattr(kernels, "toeplitz_weight_grad", exact_weight_grad)
     for test in TESTS:
