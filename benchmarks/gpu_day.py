@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,8 +68,7 @@ def tool(name: str) -> str | None:
 
 
 def facts(out: Path) -> list[Step | str]:
-    shutil.rmtree(out / ".kernels", ignore_errors=True)
-    empty = {"SW_TRANSPLANT_CACHE": str(out / ".kernels")}
+    empty = {"SW_TRANSPLANT_CACHE": tempfile.mkdtemp(prefix="sw_transplant_kernels_")}
     return [
         Step("first process", script("gpu_probe.py", "facts", "--json", out / "facts_first.json"), 150, empty),
         Step("second process", script("gpu_probe.py", "facts", "--json", out / "facts_second.json"), 60, empty),

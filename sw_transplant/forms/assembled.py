@@ -46,7 +46,11 @@ def add_up(branches: Sequence[Placed], call: Call, *, residual: bool) -> Sum:
     first = next((branch for branch in branches if branch.identity), None) if residual else None
     kernels = join_kernels([dense_kernel(branch) for branch in branches if branch is not first])
     kernels = [_within_reach(kernel, call) for kernel in kernels]
-    return Sum([DenseKernel(k.weight.to(call.dtype), k.extent) for k in kernels], first is not None)
+    kernels = [
+        kernel if kernel.weight.dtype is call.dtype else DenseKernel(kernel.weight.to(call.dtype), kernel.extent)
+        for kernel in kernels
+    ]
+    return Sum(kernels, first is not None)
 
 
 def _within_reach(kernel: DenseKernel, call: Call) -> DenseKernel:
@@ -67,6 +71,8 @@ def _within_reach(kernel: DenseKernel, call: Call) -> DenseKernel:
             continue
         weight = weight.narrow(2 + axis, first, last + 1 - first)
         origin[axis], size[axis] = before - step * first, last + 1 - first
+    if weight is kernel.weight:
+        return kernel
     return DenseKernel(weight, Extent((size[0], size[1]), (origin[0], origin[1]), kernel.extent.dilation))
 
 

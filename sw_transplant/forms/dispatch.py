@@ -15,6 +15,7 @@ from torch import Tensor
 from sw_transplant.forms import FORMS, Call
 from sw_transplant.geometry import Extent
 from sw_transplant.ops.depthwise import is_channels_last
+from sw_transplant.ops.toeplitz_formats import takes_channels_last
 from sw_transplant.ops.toeplitz_selftest import why_no_kernel
 from sw_transplant.ops.tracing import constant_when_traced, is_for_onnx, is_transformed
 
@@ -28,6 +29,8 @@ FEW_IMAGES = 16
 """Images up to which a CPU gains by "gemm"."""
 WORTH_PRODUCTS = 2e6
 """Multiplications of one image's forward pass from which on a CPU gains by Toeplitz products in training."""
+CONTIGUOUS_COPIES = ", on contiguous copies of channels_last maps"
+"""What the reason of a decision ends with where copies are made."""
 AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -135,7 +138,9 @@ def choose_form(requested: str, job: Job, given: Conditions, *, local: bool = Fa
     check_form(requested)
     if requested != "auto":
         obstacle = _obstacle(requested, job, given)
-        return Decision("assembled", f"{requested} {obstacle}") if obstacle else Decision(requested, "asked for")
+        if obstacle:
+            return Decision("assembled", f"{requested} {obstacle}")
+        return Decision(requested, "asked for" + _copies(requested, job, given))
     if local:
         return Decision("assembled", "keeps NaN and infinity local")
     if given.device.type == "cuda":
@@ -177,14 +182,29 @@ def _on_gpu(job: Job, given: Conditions) -> Decision:
     too_large = _obstacle("gemm", job, given)
     coarse = given.coarse_matmul and job.call.dtype is torch.float32
     if area <= SMALL_MAP and not too_large and not coarse:
-        return Decision("gemm", "small map")
+        return Decision("gemm", "small map" + _copies("gemm", job, given))
     obstacle = _obstacle("toeplitz", job, given)
     if obstacle:
         return Decision("assembled", f"toeplitz {obstacle}")
     longest = max(max(kernel.kernel_size) for kernels in job.kernels for kernel in kernels)
     if given.channels_last and job.call.dtype is not torch.float32 and longest <= 7:
         return Decision("assembled", "cuDNN is fast for small kernels in 16 bits and channels_last")
-    return Decision("toeplitz", "tensor cores")
+    return Decision("toeplitz", "tensor cores" + _copies("toeplitz", job, given))
+
+
+def _copies(form: str, job: Job, given: Conditions) -> str:
+    """What a decision on a GPU says of a channels_last map that a form is given a contiguous copy of; else nothing."""
+    if given.device.type != "cuda" or not given.channels_last:
+        return ""
+    if form == "toeplitz":
+        call, device = job.call, given.device.index
+        for kernels in job.kernels:
+            sizes = tuple(side for kernel in kernels for side in kernel.kernel_size)
+            origins = tuple(side for kernel in kernels for side in kernel.origin)
+            if not takes_channels_last(call.dtype, device, job.channels[0], call.in_size, sizes, origins):
+                return CONTIGUOUS_COPIES
+        return ""
+    return CONTIGUOUS_COPIES if form == "gemm" else ""
 
 
 def _on_cpu(job: Job, given: Conditions) -> Decision:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sw_transplant.equivalence import Inverse
 from sw_transplant.geometry import Extent, Size
 
 
@@ -47,7 +48,7 @@ class Placed:
     scale: Tensor | None = None
     live: LiveTiles | None = None
     identity: bool = False
-    inverse: Tensor | None = None
+    inverse: Inverse | None = None
 
     @property
     def live_bank(self) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sw_transplant.equivalence import assembly_index, grid_placements, inverse_index, lay_out, support
+from sw_transplant.equivalence import Inverse, assembly_index, grid_placements, inverse_index, lay_out, support
 from sw_transplant.forms import Placed
 from sw_transplant.geometry import BranchGeometry, Size
 from sw_transplant.layers.folding import batch_norm_affine
@@ -77,7 +77,9 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         inside = support(rows, tiles, tile, self.geometry.kernel_size)
         filled = None if bool(inside.all()) else inside
         inverse = inverse_index(index[0], tiles * tile * tile) if edges == 1 else None
-        tables = {"placements": rows, "index": index, "support": filled, "inverse": inverse}
+        self._gaps = (True, True) if inverse is None else inverse.gaps
+        there = None if inverse is None else inverse.places
+        tables = {"placements": rows, "index": index, "support": filled, "inverse": there}
         self._tables = Tables(tables).only_on(self.bank.device)
 
     def _table(self, name: str) -> Tensor | None:
@@ -260,7 +262,9 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         if scaled:
             scale, _ = batch_norm_affine(self.bn)  # type: ignore[arg-type]
             bank = (bank.to(scale.dtype) * scale[:, None, None, None]).to(bank.dtype)
-        return self._place(bank, origin, None, self.live_tiles(), scaled=scaled, inverse=tables["inverse"])
+        there = tables["inverse"]
+        inverse = None if there is None else Inverse(there, self._gaps)
+        return self._place(bank, origin, None, self.live_tiles(), scaled=scaled, inverse=inverse)
 
     def extra_repr(self) -> str:
         channels, tiles, n, _ = self.bank.shape

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sw_transplant.equivalence import Inverse
 from sw_transplant.forms import LiveTiles, Placed
 from sw_transplant.geometry import BranchGeometry, Extent, Size
 from sw_transplant.layers.folding import batch_norm_affine
@@ -67,7 +68,7 @@ class PlacedTiles:
         live: LiveTiles | None,
         *,
         scaled: bool,
-        inverse: Tensor | None = None,
+        inverse: Inverse | None = None,
     ) -> list[Placed]:
         """One entry, or with a gain one for each edge; all hold the same bank. ``scaled``: a BatchNorm is folded in."""
         extent = Extent(self.geometry.kernel_size, origin, self.geometry.dilation)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sw_transplant.cuda.answers import Passing
 from sw_transplant.forms import FORMS, Biases, Call
 from sw_transplant.forms.assembled import join_extents, shorten
 from sw_transplant.forms.dispatch import (
@@ -56,7 +57,7 @@ class Layer(Protocol):
     def out_size(self, size: Size) -> Size: ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Plan:
     """What runs on maps of one size.
 
@@ -170,10 +171,10 @@ class Planner:
         kept, key = self._kept, (layer.stride, *_key(x))
         if kept is not None and kept.key == key and kept.unchanged():
             return kept.serve(x)
-        self._kept = None
+        self._kept, said = None, Passing.said
         plan = self._from_outline(layer, x, key)
         self.decision = plan.decision
-        if not plan.norms and not plan.trained:
+        if not plan.norms and not plan.trained and Passing.said == said:
             with suppress(RuntimeError):  # tensors whose changes nobody counts: no plan is kept
                 watch = Watch(layer)  # type: ignore[arg-type]
                 if not (torch.is_grad_enabled() and watch.wants_gradients()):
@@ -185,10 +186,11 @@ class Planner:
         key, branches = (*key, torch.is_grad_enabled(), layer.recompute), layer.parts()
         known, self._outline = self._outline, None
         if known is None or known[0] != key or not known[2].same_parts():
+            said = Passing.said
             found = outline(layer, branches, x, conditions(x))
-            with suppress(RuntimeError):  # tensors without addresses: not kept
-                known = key, found, Watch(layer)  # type: ignore[arg-type]
-                self._outline = known
+            if found.trained and Passing.said == said:  # else the plan itself is kept, or what it follows from passes
+                with suppress(RuntimeError):  # tensors without addresses
+                    self._outline = key, found, Watch(layer)  # type: ignore[arg-type]
             return fill(found, branches)
         self._outline = known
         return fill(known[1], branches)

@@ -103,6 +103,7 @@ def test_what_is_cut_short_keeps_what_it_has(day, monkeypatch, tmp_path: Path) -
 
 def test_every_stage_says_what_it_runs(day, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(day, "tool", lambda name: f"/somewhere/{name}")
+    monkeypatch.setattr(day.tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix))
     described = day.__doc__
     for name, stage in day.STAGES.items():
         steps = stage.steps(tmp_path)
