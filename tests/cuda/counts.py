@@ -138,6 +138,13 @@ def counts(main: Main, math: str, channels_last: bool, gradient: bool) -> dict[s
     }
 
 
+def write(path: Path, table: list[dict[str, Any]]) -> None:
+    """Put the table into a file, beside what was counted before staging by whole runs, where that is in it."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    content |= {"command": "python -m tests.cuda.counts --json benchmarks/results/kernel_counts.json", "after": table}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -154,7 +161,7 @@ def main() -> None:
                     table.append({"layer": str(case.layer), "kernel": kernel, "math": math, "format": layout, **row})
                     print(json.dumps(table[-1]), flush=True)
                     if options.json:
-                        options.json.write_text(json.dumps(table, indent=1) + "\n")
+                        write(options.json, table)
 
 
 if __name__ == "__main__":
