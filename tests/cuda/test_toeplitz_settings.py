@@ -72,7 +72,21 @@ class Trace(Tally):
 
 @pytest.mark.parametrize(("math", "size", "sizes", "capability"), sample(PLANS, QUICK), ids=str)
 def test_limits_and_addresses(math, size, sizes, capability) -> None:
-    plan = plan_of(math, size, sizes, capability)
+    check_limits_and_addresses(plan_of(math, size, sizes, capability), math, size, capability)
+
+
+@pytest.mark.parametrize("channels", [124, 249])
+@pytest.mark.parametrize("math", MATHS)
+@pytest.mark.parametrize("layer", LAYERS[:13], ids=str)
+def test_limits_and_addresses_of_channels_last_maps(layer, math: str, channels: int) -> None:
+    plan = layer.plan(math, channels=channels)
+    assert plan.channels == plan.planes == plan.seats * plan.rounds
+    assert plan.planes % plan.vector == 0 == channels % plan.vector
+    assert plan.plane_words % 8 == 4  # channels of a pixel are written to different banks
+    check_limits_and_addresses(plan, math, layer.size, (9, 0))
+
+
+def check_limits_and_addresses(plan: Plan, math: str, size, capability) -> None:
     assert 4 * plan.shared_words <= DEVICES[capability].shared_limit
     assert plan.threads <= 1024
     assert plan.threads * plan.registers <= 65536

@@ -15,7 +15,7 @@ from sw_transplant.cuda.intrinsics import (
 )
 from sw_transplant.cuda.toeplitz.plan import Plan, unit
 from sw_transplant.cuda.toeplitz.staging import DTYPES, cuda, load_vector_of, raw_type
-from sw_transplant.cuda.toeplitz.words import float16_bits, float16_from_bits, store_words_of
+from sw_transplant.cuda.toeplitz.words import float16_bits, float16_from_bits, load_words_of, store_words_of
 
 int32, uint32, float32 = types.int32, types.uint32, types.float32
 
@@ -55,7 +55,8 @@ def value_functions(math: str):
 
 
 def give_vector_of(plan: Plan, residual: bool):
-    """The device function (sums, x, out, at) that rounds `plan.vector` sums and writes them, x added to each."""
+    """The device function (sums, first, x, out, at) that rounds `plan.vector` sums from the first on and writes them, x
+    added to each."""
     vector, packed = plan.vector, plan.packed
     words_each = vector // 2 if packed else vector
     single = words_each == 0
@@ -64,7 +65,7 @@ def give_vector_of(plan: Plan, residual: bool):
     raw = raw_type(plan.math)
 
     @device_function
-    def give_vector(sums, x, out, at):
+    def give_vector(sums, first, x, out, at):
         words = cuda.local.array(4, uint32)
         for i in range(4):
             words[i] = uint32(0)
@@ -72,19 +73,19 @@ def give_vector_of(plan: Plan, residual: bool):
             load_vector(words, 0, x, at)
             for i in range(vector):
                 if packed:
-                    sums[i] += value_of(uint32(words[i // 2] >> uint32(16 * (i % 2))) & uint32(0xFFFF))
+                    sums[first + i] += value_of(uint32(words[i // 2] >> uint32(16 * (i % 2))) & uint32(0xFFFF))
                 else:
-                    sums[i] += value_of(words[i])
+                    sums[first + i] += value_of(words[i])
         if single:
-            out[at] = raw(nearest(sums[0]))
+            out[at] = raw(nearest(sums[first]))
         else:
             for i in range(vector):
                 if not packed:
-                    words[i] = nearest(sums[i])
+                    words[i] = nearest(sums[first + i])
                 elif i % 2 == 0:
-                    words[i // 2] = nearest(sums[i])
+                    words[i // 2] = nearest(sums[first + i])
                 else:
-                    words[i // 2] = uint32(words[i // 2] | uint32(nearest(sums[i]) << uint32(16)))
+                    words[i // 2] = uint32(words[i // 2] | uint32(nearest(sums[first + i]) << uint32(16)))
             store(out, at, words[0], words[1], words[2], words[3])
 
     return give_vector
@@ -118,7 +119,7 @@ def give_rows_of(plan: Plan, has_bias: bool, residual: bool):
     threads, pitch, vector = 32 * plan.parts, plan.out_pitch, plan.vector
     across = -(-tile_columns // unit(plan.math))
     wide, units = unit(plan.math), tile_rows * across
-    give_vector, shift_of = give_vector_of(plan, residual), bias_of(plan, has_bias)
+    give_vector, shift_of, load_four = give_vector_of(plan, residual), bias_of(plan, has_bias), load_words_of(4)
 
     @device_function
     def give_rows(shared, plane, x, bias, out, channel, top, left, height, width, thread):
@@ -130,12 +131,13 @@ def give_rows_of(plan: Plan, has_bias: bool, residual: bool):
             column = int32(number - row * across) * wide
             if top + row < height:
                 at = int32(int32(top + row) * width + left + column)
+                for k in range(0, wide, 4):
+                    bits = load_four(shared, int32(plane + row * pitch + column + k))
+                    for i in range(4):
+                        sums[k + i] = float32(float32_from_bits(bits[i]) + shift)
                 for k in range(0, wide, vector):
                     if column + k < columns:
-                        for i in range(vector):
-                            bits = shared[uint32(plane + row * pitch + column + k + i)]
-                            sums[i] = float32(float32_from_bits(bits) + shift)
-                        give_vector(sums, x, out, int32(at + k))
+                        give_vector(sums, k, x, out, int32(at + k))
 
     return give_rows
 
@@ -165,6 +167,6 @@ def give_pixels_of(plan: Plan, has_bias: bool, residual: bool):
                     bits = shared[uint32(int32(first + i) * plane_words + row * pitch + column)]
                     sums[i] = float32(float32_from_bits(bits) + shift_of(bias, int32(channel + first + i)))
                 at = int32(int32(int32(top + row) * width + left + column) * channels + first)
-                give_vector(sums, x, out, at)
+                give_vector(sums, 0, x, out, at)
 
     return give_pixels

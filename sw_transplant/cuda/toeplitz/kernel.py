@@ -28,7 +28,7 @@ from sw_transplant.cuda.toeplitz.staging import (
 )
 from sw_transplant.cuda.toeplitz.words import block_afresh, thread_afresh
 
-int32, uint32, int64, uint64, float32 = types.int32, types.uint32, types.int64, types.uint64, types.float32
+int32, uint32, int64 = types.int32, types.uint32, types.int64
 
 
 def toeplitz_source(plan: Plan, has_bias: bool, residual: bool, functions: Any = None) -> KernelSource:
@@ -50,7 +50,7 @@ def toeplitz_source(plan: Plan, has_bias: bool, residual: bool, functions: Any =
     planes, plane_words, seats, rounds = plan.planes, plan.plane_words, plan.seats, plan.rounds
     threads, plane_threads = plan.threads, 32 * plan.parts
     taps_at, tap_words = planes * plane_words, plan.tap_words
-    channels_last, block_channels, own_taps = plan.channels_last, plan.channels, tap_words if plan.channels_last else 0
+    block_channels, own_taps = plan.channels, tap_words if plan.channels_last else 0
     tile_rows, tile_columns = plan.step_out
 
     stage_rows = stage_rows_of(copies, plan.area, plan.math, plan.vector, plane_threads)
@@ -165,7 +165,7 @@ def toeplitz_source(plan: Plan, has_bias: bool, residual: bool, functions: Any =
             give_pixels(shared, given, bias, target, channel, channels, top, left, height, width, thread)
 
     place, stage, give = place_in_rows, stage_in_rows, give_in_rows
-    if channels_last:
+    if plan.channels_last:
         place, stage, give = place_in_pixels, stage_in_pixels, give_in_pixels
 
     def toeplitz_forward(
@@ -189,7 +189,7 @@ def toeplitz_source(plan: Plan, has_bias: bool, residual: bool, functions: Any =
             stage(shared, x, turn, batch, channels, height, width, tiles_down, tiles_across, turns)
             cuda.syncthreads()
 
-            for turn_of_seat in range(rounds):
+            for turn_of_seat in range(rounds):  # a warp's planes, one after the other
                 mine, in_plane = seat_of_thread()
                 own = int32(turn_of_seat * seats + mine)
                 plane, taps = int32(own * plane_words), int32(taps_at + own * own_taps)

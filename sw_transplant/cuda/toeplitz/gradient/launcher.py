@@ -23,8 +23,8 @@ class GradientGrid(NamedTuple):
     """How a call is divided over thread blocks.
 
     A block takes `turns` groups of `plan.items` tiles of `plan.channels` channels, one after the other: so many that
-    the device is done soonest, and no more than MOST_TURNS. The workspace has a float32 of every tap for each chunk: with
-    many channels there are few chunks, and with few channels few taps.
+    the device is done soonest, and no more than MOST_TURNS. The workspace has a float32 of every tap for each chunk:
+    with many channels there are few chunks, and with few channels few taps.
     """
 
     tiles: Size  # down and across the map
