@@ -4,6 +4,8 @@ Read in this order:
 
     model_input    what a model takes: size, channels, normalisation
     images         images from folders, archives and arrays, prepared for a model
-    comparison     the numbers of a comparison, and the report
+    report         what was found, and the verdict
+    comparison     the numbers of a comparison
+    reference      both models in wide numbers, to tell rounding from difference
     verify         runs both models and compares
 """

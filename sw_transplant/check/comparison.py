@@ -1,141 +1,16 @@
-"""Two models' outputs side by side: the sums over all batches, and the report that is made of them."""
+"""Two models' outputs side by side: the sums over all batches."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class VerificationError(RuntimeError):
-    """The two models do not compute the same function within the bound."""
-
-
-@dataclass(frozen=True)
-class Count:
-    """So many images of so many."""
-
-    count: int
-    of: int
-
-    @property
-    def share(self) -> float:
-        return self.count / self.of
-
-    def __str__(self) -> str:
-        return f"{self.count} of {self.of} ({self.share:.2%})"
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """How far one output of the converted model is from the original's, over all images.
-
-    ``relative_rms`` is ``||converted - original|| / ||original||``, NaN where an output is not finite.
-    ``not_finite`` counts the NaN and infinite numbers in the output of both models.
-    """
-
-    name: str
-    relative_rms: float
-    max_abs: float
-    not_finite: int
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """The result of :func:`verify`. ``print(report)`` shows it as tables.
-
-    ``ok`` looks at the numbers alone: all finite, every relative RMS error within ``bound``. In a low precision two
-    classes that nearly tie may swap within the bound: ``same_top1`` shows that, and it is no failure.
-    ``same_top1`` (images that get the same class from both models) is None where there are no logits, ``top1_*`` and
-    ``top5_*`` (images whose label is the most likely class, or among the five most likely) are None without labels.
-    ``not_compared`` names the outputs that hold no floating-point numbers.
-    """
-
-    outputs: tuple[OutputError, ...]
-    bound: float
-    dtype: str
-    device: str
-    images: int
-    same_top1: Count | None
-    top1_original: Count | None
-    top1_converted: Count | None
-    top5_original: Count | None
-    top5_converted: Count | None
-    images_per_second_original: float
-    images_per_second_converted: float
-    not_compared: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether every number of every output is finite and every relative RMS error is within the bound."""
-        return not self.failures
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """One sentence for each output that fails; empty where the models agree."""
-        found = []
-        for out in self.outputs:
-            if out.not_finite:
-                found.append(f"{out.name}: {out.not_finite} numbers are NaN or infinite; expected none.")
-            elif not out.relative_rms <= self.bound:
-                found.append(f"{out.name}: relative RMS error {out.relative_rms:.2e}; the bound is {self.bound:g}.")
-        return tuple(found)
-
-    def raise_if_failed(self) -> None:
-        """Raise :class:`VerificationError`, which names every output that fails, unless ``ok``."""
-        if not self.ok:
-            raise VerificationError(
-                f"verify: the two models are not the same function ({self.dtype} on {self.device}). "
-                f"{' '.join(self.failures)} Where the conversion is approximate on purpose, pass the error you accept "
-                f"as bounds=..."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Dicts, lists, strings and numbers, ready for JSON; NaN and infinity, which JSON lacks, become None."""
-        plain: dict[str, Any] = _plain(self)
-        return {"ok": self.ok, "failures": list(self.failures), **plain}
-
-    def __str__(self) -> str:
-        from rich.box import MARKDOWN
-        from rich.console import Console
-        from rich.table import Table
-
-        def table(*titles: str) -> Table:
-            made = Table(box=MARKDOWN)
-            for title in titles:
-                made.add_column(title, overflow="fold", justify="left" if title == titles[0] else "right")
-            return made
-
-        errors = table("output", "relative RMS error", "largest absolute error", "NaN or infinite")
-        for out in self.outputs:
-            errors.add_row(out.name, f"{out.relative_rms:.2e}", f"{out.max_abs:.2e}", str(out.not_finite))
-        models = table("", "original", "converted")
-        if self.top1_original is not None:
-            models.add_row("right (top-1)", str(self.top1_original), str(self.top1_converted))
-            models.add_row("right within 5 (top-5)", str(self.top5_original), str(self.top5_converted))
-        speeds = (self.images_per_second_original, self.images_per_second_converted)
-        models.add_row("images per second", *(f"{speed:.1f}" for speed in speeds))
-        # A width of its own, and no colour: the text is the same in a narrow terminal, a notebook, a log and a file.
-        text = io.StringIO()
-        console = Console(file=text, width=100, color_system=None, force_jupyter=False, markup=False, highlight=False)
-        verdict = "OK: the same function" if self.ok else "FAILED: not the same function"
-        console.print(f"{verdict} on {self.images} images, {self.dtype} on {self.device}")
-        console.print(f"relative RMS error allowed: {self.bound:g}")
-        console.print(errors)
-        if self.same_top1 is not None:
-            console.print(f"same class from both models: {self.same_top1}")
-        console.print(models)
-        for line in self.failures:
-            console.print(f"FAILED {line}")
-        if self.not_compared:
-            console.print(f"not compared (no floating-point numbers): {', '.join(self.not_compared)}")
-        lines = (line.rstrip() for line in text.getvalue().strip().splitlines())
-        return "\n".join(lines).replace("\n\n\n", "\n\n")
+from sw_transplant.check.report import Count, OutputError, VerifyReport
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -172,6 +47,8 @@ class Comparison:
 
     def __init__(self) -> None:
         self.sums: dict[str, list[float]] = {}  # squared error, squared norm, largest error, numbers not finite
+        self.wide: dict[str, list[float]] = {}  # squared norm of the reference, squared errors against it
+        self.pictures: dict[str, list[float]] = {}  # least and largest number, and how many there are
         self.not_compared: dict[str, None] = {}
         self.sizes: list[int] = []
         self.seconds: list[tuple[float, float]] = []
@@ -179,14 +56,25 @@ class Comparison:
         self.right = [[0, 0], [0, 0]]  # of original, converted: top-1, top-5
 
     def add(
-        self, images: int, labels: Tensor | None, original: tuple[Any, float], converted: tuple[Any, float]
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        original: tuple[Any, float],
+        converted: tuple[Any, float],
+        wide: tuple[Any, Any] | None = None,
     ) -> None:
-        self.sizes.append(images)
+        """Adds a batch: both models' outputs and seconds, and what both of them give in wide numbers, where known."""
+        self.sizes.append(len(images))
         self.seconds.append((original[1], converted[1]))
         pairs = self._pairs(dict(_leaves(original[0])), dict(_leaves(converted[0])))
         for name, (a, b) in pairs.items():
-            self._add_numbers(name, _float64(a), _float64(b))
-        logits = self._logits(pairs, images, labels)
+            a, b = _float64(a), _float64(b)
+            self._add_numbers(name, a, b)
+            if _is_picture(a, images):
+                self._add_range(name, a)
+        if wide is not None:
+            self._add_wide(pairs, *(dict(_leaves(output)) for output in wide))
+        logits = self._logits(pairs, len(images), labels)
         if logits is not None:
             self._add_classes(*logits, labels)
 
@@ -222,6 +110,21 @@ class Comparison:
         sums[2] = largest if largest > sums[2] or math.isnan(largest) else sums[2]
         sums[3] += sum(x.numel() - int(x.isfinite().sum()) for x in (a, b))
 
+    def _add_range(self, name: str, a: Tensor) -> None:
+        least, largest, count = self.pictures.get(name, (math.inf, -math.inf, 0))
+        self.pictures[name] = [min(least, a.min().item()), max(largest, a.max().item()), count + a.numel()]
+
+    def _add_wide(
+        self, pairs: dict[str, tuple[Tensor, Tensor]], original: dict[str, Any], converted: dict[str, Any]
+    ) -> None:
+        for name, pair in pairs.items():
+            reference = _float64(original[name])
+            others = [*pair, converted[name]] if converted else [*pair]
+            sums = self.wide.setdefault(name, [0.0] * (1 + len(others)))
+            sums[0] += reference.square().sum().item()
+            for place, other in enumerate(others, start=1):
+                sums[place] += (_float64(other).to(reference.device) - reference).square().sum().item()
+
     def _logits(
         self, pairs: dict[str, tuple[Tensor, Tensor]], images: int, labels: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
@@ -254,8 +157,16 @@ class Comparison:
             right[0] += int(hits[:, 0].sum())
             right[1] += int(hits.any(1).sum())
 
-    def report(self, bound: float, dtype: str, device: str) -> VerifyReport:
-        """What all batches so far add up to; there is at least one."""
+    def report(
+        self, bound: float, dtype: str, device: str, reference: str | None = None, note: str = ""
+    ) -> VerifyReport:
+        """What all batches so far add up to; there is at least one.
+
+        Args:
+            bound, dtype, device: of the comparison.
+            reference: dtype of the wide numbers that came with every batch; None where they did not.
+            note: about the reference.
+        """
         timed = slice(1 if len(self.sizes) > 1 else 0, None)  # the first batch also pays for set-up
         speeds = [sum(self.sizes[timed]) / max(sum(times[timed]), 1e-9) for times in zip(*self.seconds, strict=True)]
         top1, top5 = (
@@ -263,9 +174,18 @@ class Comparison:
         )
         return VerifyReport(
             outputs=tuple(
-                OutputError(name, _ratio(math.sqrt(error), math.sqrt(norm)), largest, int(bad))
+                OutputError(
+                    name,
+                    _ratio(math.sqrt(error), math.sqrt(norm)),
+                    largest,
+                    int(bad),
+                    *(self._wide_errors(name) if reference is not None else (None, None, None)),
+                    self._psnr(name, error),
+                )
                 for name, (error, norm, largest, bad) in self.sums.items()
             ),
+            reference=reference,
+            reference_note=note,
             bound=bound,
             dtype=dtype,
             device=device,
@@ -280,18 +200,30 @@ class Comparison:
             not_compared=tuple(self.not_compared),
         )
 
+    def _wide_errors(self, name: str) -> tuple[float | None, float | None, float | None]:
+        norm, *errors = self.wide[name]
+        original, converted, *function = (_ratio(math.sqrt(error), math.sqrt(norm)) for error in errors)
+        return original, converted, function[0] if function else None
+
+    def _psnr(self, name: str, error: float) -> float | None:
+        """Decibels between the squared range of a picture's numbers and the mean squared error."""
+        if name not in self.pictures or not math.isfinite(error):
+            return None
+        least, largest, count = self.pictures[name]
+        if error == 0:
+            return math.inf
+        return 10 * math.log10((largest - least) ** 2 * count / error) if largest > least else None
+
+
+def _is_picture(output: Tensor, images: Tensor) -> bool:
+    """Whether an output can be an image made of the image that went in: its channels, its size or a multiple of it."""
+    if output.ndim != 4 or output.shape[:2] != images.shape[:2]:
+        return False
+    down, across = (out // size for out, size in zip(output.shape[2:], images.shape[2:], strict=True))
+    return down == across >= 1 and output.shape[2:] == (down * images.shape[2], across * images.shape[3])
+
 
 def _ratio(error: float, norm: float) -> float:
     if norm == 0:
         return 0.0 if error == 0 else math.inf
     return error / norm
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Count):
-        return {"count": value.count, "of": value.of, "share": value.share}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

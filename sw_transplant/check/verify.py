@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sw_transplant.check.comparison import Comparison, Count, OutputError, VerificationError, VerifyReport, describe
+from sw_transplant.check.comparison import Comparison, describe
 from sw_transplant.check.model_input import ModelInput
+from sw_transplant.check.reference import Reference
+from sw_transplant.check.report import SAME_FUNCTION, Count, OutputError, VerificationError, VerifyReport
 
 __all__ = ["BOUNDS", "TF32_BOUND", "Count", "OutputError", "VerificationError", "VerifyReport", "bound_for", "verify"]
 
@@ -70,6 +72,13 @@ def verify(
     Both models see the same random state in every batch, and get their training flags back, also after an error.
     Norms are added up in float64 over all batches. The speeds, for information, leave out the first of several batches.
 
+    In float64 and float32 the two models are compared with each other. In 16 bits (and TF32) a deep network is several
+    percent from itself in float64, and so is whatever computes the same function in another order. There, copies of
+    both run in float64 as well (in float32 where float64 does not fit): the converted model may be twice as far from
+    the original's copy as the original is, plus ``bounds``; and its own copy, in which nothing is rounded, has to agree
+    as it would in float32. This last part is left out where the weights themselves were rounded on the way (merged in
+    16 bits, or another dtype than the original's).
+
     Args:
         original: the reference.
         converted: the model under test; it must return the same structure of outputs.
@@ -77,8 +86,9 @@ def verify(
             a tensor (N, C, H, W); a pair (images (N, C, H, W), labels (N,)); a dict with ``pixel_values``, optional
             ``labels`` (N,) and whatever else the forward takes; or an iterable, such as a DataLoader or what
             ``load_images`` returns, of any of these. Floating-point tensors are cast to each model's dtype.
-        bounds: the relative RMS error allowed; None takes :func:`bound_for` the coarsest dtype among both models'
-            floating-point parameters (and autocast's, inside it) on their device.
+        bounds: the relative RMS error allowed between the two models, which are then compared with each other alone;
+            None takes :func:`bound_for` the coarsest dtype among both models' floating-point parameters (and
+            autocast's, inside it) on their device.
         batch_size: how many images of one tensor, pair or of the noise make a batch.
         device, dtype: where given, COPIES of both models are moved there and run; the models stay as they are.
         max_batches: stop after this many batches.
@@ -119,18 +129,26 @@ def verify(
     bound = max(bound_for(coarsest, d) for d in devices) if bounds is None else bounds
 
     comparison = Comparison()
+    coarse = bounds is None and bound > SAME_FUNCTION
+    reference = Reference(original, converted) if coarse else None
     batches = _split(data, batch_size)
     total = min(length_hint(batches, sys.maxsize), max_batches or sys.maxsize)
     # Not inference_mode: what a model caches under it, an assembled kernel for instance, could not be trained through.
     with torch.no_grad(), _evaluating(original), _evaluating(converted), _progress_bar(progress, total) as advance:
         for index, batch in enumerate(map(_read_batch, batches), start=1):
-            comparison.add(len(batch.images), batch.labels, _run(original, batch, seed), _run(converted, batch, seed))
+            runs = _run(original, batch, seed), _run(converted, batch, seed)
+            wide = None if reference is None else reference.outputs(_runner(batch, seed))
+            comparison.add(batch.images, batch.labels, *runs, wide)
             advance()
             if index == max_batches:
                 break
     if not comparison.sizes:
         raise ValueError(f"verify: data is empty; expected {_DATA_FORMS}. Was an iterator already used up?")
-    return comparison.report(bound, str(coarsest).removeprefix("torch."), str(devices[0]))
+    dtype_name, device_name = str(coarsest).removeprefix("torch."), str(devices[0])
+    if reference is None:
+        return comparison.report(bound, dtype_name, device_name)
+    wide_name = None if reference.dtype is None else str(reference.dtype).removeprefix("torch.")
+    return comparison.report(bound, dtype_name, device_name, wide_name, reference.note)
 
 
 class _Batch(NamedTuple):
@@ -257,6 +275,10 @@ def _run(model: nn.Module, batch: _Batch, seed: int) -> tuple[Any, float]:
         for device in cuda:
             torch.cuda.synchronize(device)
         return output, time.perf_counter() - start
+
+
+def _runner(batch: _Batch, seed: int) -> Callable[[nn.Module], Any]:
+    return lambda model: _run(model, batch, seed)[0]
 
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
