@@ -15,6 +15,7 @@ Read in this order:
     shiftwise       SW, the network of the ShiftwiseConv paper
     shiftwise_slak  SW in SLaK's frame, the networks of its first steps
     registry        how they enter timm: preprocessing, and the builder of every size
+    unpickling      what may be in a file of weights, and no more
     checkpoint      official weight files, read strictly
 """
 
