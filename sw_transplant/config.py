@@ -13,6 +13,7 @@ Mode = Literal["laid_out", "shiftwise"]
 Form = Literal["auto", "shift", "assembled", "gemm", "toeplitz"]
 Nonfinite = Literal["anywhere", "local"]
 GhostBudget = Literal["layer", "global"]
+OrderRule = Literal["random", "opposite"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class SWConfig:
             that bypass the module, and the seed of everything that is drawn.
         ghost_budget: ``"layer"``: the fraction ``ghost`` of every layer. ``"global"``: as many on average, more where
             they are missed least; that takes calibration images (:func:`convert`).
+        residual: of mode ``"shiftwise"``: whether the module adds its input to the sum of its branches. True as
+            published, False not; ``"auto"`` what brings a layer closer to its original kernels.
+        orders: of mode ``"shiftwise"``: ``"random"``, or ``"opposite"`` as in the paper's first steps, which have one
+            edge: the tiles in order along rows, in reverse order along columns.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -62,6 +67,8 @@ class SWConfig:
     ghost: float = 0.23
     seed: int = 123
     ghost_budget: GhostBudget = "layer"
+    residual: bool | Literal["auto"] = "auto"
+    orders: OrderRule = "random"
 
     def __post_init__(self) -> None:
         for name in ("min_kernel", "tile", "edges", "paths", "seed"):  # NumPy's integers are integers, too
@@ -78,6 +85,10 @@ class SWConfig:
             raise ValueError(
                 f"SWConfig.ghost_budget: got {self.ghost_budget!r}, expected one of {get_args(GhostBudget)}"
             )
+        if not isinstance(self.residual, bool) and self.residual != "auto":
+            raise ValueError(f"SWConfig.residual: got {self.residual!r}, expected True, False or 'auto'")
+        if self.orders not in get_args(OrderRule):
+            raise ValueError(f"SWConfig.orders: got {self.orders!r}, expected one of {get_args(OrderRule)}")
         for name in ("min_kernel", "paths"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"SWConfig.{name}: got {getattr(self, name)!r}, expected an integer of at least 1")
@@ -93,6 +104,12 @@ class SWConfig:
                     f"SWConfig.{name}: got {getattr(self, name)!r}, expected None or an integer of at least 1"
                 )
 
+        if self.orders == "opposite" and self.edge_count != 1:
+            raise ValueError(
+                f"SWConfig.orders: got 'opposite' with {self.edge_count} edges, which would all be alike; "
+                "expected edges=1"
+            )
+
     @property
     def edge_count(self) -> int:
         """``edges``, or what None stands for in this mode."""
@@ -106,7 +123,7 @@ class SWConfig:
     def preset(cls, name: str) -> SWConfig:
         """A configuration that has a name: a step of the paper's evolution table, ``"sw#0"`` to ``"sw#27"``.
 
-        :data:`sw_transplant.science.presets.PRESETS` says what each is, and what it takes beside the configuration.
+        :data:`sw_transplant.science.ladder.LADDER` says what each is, and what it takes beside the configuration.
 
         Raises:
             ValueError: there is none of this name.

@@ -1,4 +1,4 @@
-"""The command line: sw-transplant inspect | convert | verify | cache."""
+"""The command line: sw-transplant inspect | convert | verify | cache | ladder."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from sw_transplant import __version__
 from sw_transplant.cli.commands import Result, run_cache, run_convert, run_inspect, run_verify
 from sw_transplant.cli.load_model import InputError, one_line
+from sw_transplant.cli.science import add_science_commands
 from sw_transplant.config import Form, SWConfig
 from sw_transplant.interrupts import Stopped, stopped_by_signals
 from sw_transplant.surgery.io import CONFIG_NAME, WEIGHTS_NAME
@@ -133,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_verify(commands)
     _add_cache(commands)
+    add_science_commands(commands, _add_output)
     return parser
 
 

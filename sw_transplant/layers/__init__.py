@@ -18,6 +18,7 @@ Read in this order:
     shiftwise_conv2d    ShiftwiseConv2d: a sum of branches, laid out from kernels
     orders              what the paper's module draws at random
     order_buffers       the same as buffers of a module, and what follows from them
+    zeros               masks from the zeros of sparse weights
     shared_bank         the bank that the branches of the paper's module share
     ghosts              the channels that bypass it
     sw_conv2d           SWConv2d: the paper's module

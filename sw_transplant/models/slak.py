@@ -25,9 +25,9 @@ def _branches(long: int, short: int, decomposed: bool) -> dict[str, tuple[int, i
 class Block(nn.Module):
     """Strips, LayerNorm, a two-layer perceptron per position, layer scale, residual."""
 
-    def __init__(self, dim: int, branches: dict[str, tuple[int, int]], drop_path: float, layer_scale: float) -> None:
+    def __init__(self, dim: int, large_kernel: nn.Module, drop_path: float, layer_scale: float) -> None:
         super().__init__()
-        self.large_kernel = ReparamLargeKernelConv(dim, branches)
+        self.large_kernel = large_kernel
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.act = nn.GELU()
@@ -41,6 +41,16 @@ class Block(nn.Module):
         if self.gamma is not None:
             y = self.gamma * y
         return x + self.drop_path(y.permute(0, 3, 1, 2))
+
+
+def patch_entrances(in_chans: int, dims: Sequence[int]) -> nn.ModuleList:
+    """The stem, a convolution of stride 4, and the downsampling layers, of stride 2, each with a LayerNorm."""
+    stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), LayerNorm2d(dims[0], eps=1e-6))
+    layers = nn.ModuleList([stem])
+    for narrow, wide in pairwise(dims):
+        halving = nn.Conv2d(narrow, wide, kernel_size=2, stride=2)
+        layers.append(nn.Sequential(LayerNorm2d(narrow, eps=1e-6), halving))
+    return layers
 
 
 class SLaK(StagedNet):
@@ -88,17 +98,13 @@ class SLaK(StagedNet):
         dims = [int(dim * width_factor) for dim in dims]
         super().__init__(dims, in_chans, drop_rate)
 
-        stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), LayerNorm2d(dims[0], eps=1e-6))
-        self.downsample_layers = nn.ModuleList([stem])
-        for narrow, wide in pairwise(dims):
-            halving = nn.Conv2d(narrow, wide, kernel_size=2, stride=2)
-            self.downsample_layers.append(nn.Sequential(LayerNorm2d(narrow, eps=1e-6), halving))
-
+        self.downsample_layers = patch_entrances(in_chans, dims)
         *long_sides, short = kernel_size
         self.stages = nn.ModuleList()
         for dim, long, rates in zip(dims, long_sides, drop_path_rates(drop_path_rate, depths), strict=True):
             branches = _branches(long, short, Decom)
-            self.stages.append(nn.Sequential(*[Block(dim, branches, rate, layer_scale_init_value) for rate in rates]))
+            blocks = [Block(dim, ReparamLargeKernelConv(dim, branches), rate, layer_scale_init_value) for rate in rates]
+            self.stages.append(nn.Sequential(*blocks))
 
         self._finish(dims[-1], num_classes, global_pool, head_init_scale)
 

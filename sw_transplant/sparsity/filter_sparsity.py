@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sw_transplant.layers.masks import MaskedTiles
+from sw_transplant.layers.zeros import mask_zeros
 from sw_transplant.sparsity.masked_layers import MaskedLayer, of_first_rank, trainable_layers
 from sw_transplant.sparsity.snip import Batch, above_one_threshold, best_units, snip_scores
 
@@ -46,7 +47,8 @@ class FilterSparsity:
         growth: ``"random"``, or ``"gradient"`` for the filters with the largest sum of absolute gradients in that step.
         adaptation_rate: the share of the used filters that is exchanged in an update (SLaK: 0.3).
         total_steps: over how many steps the rate falls to 0 as half a cosine; None keeps it constant.
-        update_frequency: steps of the optimizer from one update to the next (the paper's u: 100; SLaK-T: 2000).
+        update_frequency: steps of the optimizer from one update to the next (the paper's u: 100; SLaK-T: 2000); None:
+            the masks stay as they are.
         sparse_gap: parallel paths get a common mask in every so many-th update, and are free in between.
         seed: of everything that is drawn; 0 or more.
 
@@ -66,7 +68,7 @@ class FilterSparsity:
         growth: Growth = "random",
         adaptation_rate: float = 0.3,
         total_steps: int | None = None,
-        update_frequency: int = 100,
+        update_frequency: int | None = 100,
         sparse_gap: int = 131,
         seed: int = 0,
     ) -> None:
@@ -78,7 +80,7 @@ class FilterSparsity:
         if not 0 < adaptation_rate <= 1:
             raise ValueError(f"FilterSparsity: adaptation_rate {adaptation_rate}, expected a share above 0, at most 1")
         counts = {
-            "update_frequency": update_frequency,
+            "update_frequency": 1 if update_frequency is None else update_frequency,
             "sparse_gap": sparse_gap,
             "total_steps": 1 if total_steps is None else total_steps,
         }
@@ -98,10 +100,36 @@ class FilterSparsity:
         self._exploring = False
         self._gradients: dict[MaskedLayer, Tensor] = {}
         self._sparse = False
+        self._equal_paths = True
         for layer in self._layers:
             layer.create_mask()
             if not isinstance(layer.owner, MaskedTiles):
                 layer.weight.register_hook(lambda grad, layer=layer: self._masked_gradient(layer, grad))
+
+    @classmethod
+    def from_weights(cls, model: nn.Module, *, only_L: bool = True, **options: Any) -> FilterSparsity:
+        """For weights that were trained sparse: what is zero is out of use; nothing is left to initialise.
+
+        Published sparse networks hold zeros and no masks. Their parallel paths need not use equally many filters.
+
+        Args:
+            model: with its weights; filters that are all zero are taken out of use.
+            only_L: filters of large kernels only; False: also single weights of other layers.
+            options: further arguments of the constructor; ``update_frequency=None`` keeps the zeros where they are.
+
+        Raises:
+            ValueError: nothing is zero, or everything.
+        """
+        idle, total = mask_zeros(model, only_L=only_L)
+        if not 0 < idle < total:
+            what = "filters of large kernels" if only_L else "filters and weights"
+            raise ValueError(
+                f"FilterSparsity.from_weights: {idle} of {total} {what} are zero, expected some and not all; load the "
+                f"sparse weights first{', or try only_L=False' if only_L else ''}"
+            )
+        sparsity = cls(model, idle / total, only_L=only_L, **options)
+        sparsity._equal_paths = False
+        return sparsity
 
     # ---- before training ----
 
@@ -216,7 +244,8 @@ class FilterSparsity:
     # ---- how ----
 
     def _due(self, step: int) -> bool:
-        return step > 0 and step % self.update_frequency == 0 and self.rate(step) > 0
+        frequency = self.update_frequency
+        return frequency is not None and step > 0 and step % frequency == 0 and self.rate(step) > 0
 
     @torch.no_grad()
     def _before_step(self) -> None:
@@ -266,7 +295,7 @@ class FilterSparsity:
     def _update(self) -> None:
         """Prunes and grows: together in all paths of a module every ``sparse_gap``-th time, else in each alone."""
         rng = np.random.default_rng((self.seed, self.steps))
-        together = (self.steps // self.update_frequency) % self.sparse_gap == 0
+        together = (self.steps // (self.update_frequency or 1)) % self.sparse_gap == 0
         masks: dict[MaskedLayer, Tensor] = {}
         for group in self._groups:
             for part in [group] if together else [[layer] for layer in group]:
@@ -281,7 +310,9 @@ class FilterSparsity:
         used, *others = [_mask(layer) for layer in layers]
         count = int(used.sum())
         if others:
-            if any(int(mask.sum()) != count for mask in others):
+            counts = [count, *(int(mask.sum()) for mask in others)]
+            count = round(sum(counts) / len(counts))
+            if self._equal_paths and len(set(counts)) > 1:
                 raise ValueError(
                     f"{layers[0].path}: the parallel paths do not use equally many filters, so that they cannot get a "
                     "common mask; expected masks of FilterSparsity, call initialise(...)"

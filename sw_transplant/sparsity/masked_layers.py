@@ -16,12 +16,8 @@ from sw_transplant.find.match import NoLargeKernelError
 from sw_transplant.layers.branch import Branch
 from sw_transplant.layers.masks import MaskedTiles
 from sw_transplant.layers.sw_conv2d import SWConv2d
+from sw_transplant.layers.zeros import ELEMENT_MASK, ORDINARY
 from sw_transplant.tables import render_table
-
-ELEMENT_MASK = "sparsity_mask"
-"""Buffer of an ordinary convolution or linear layer: which of its weights are in use, bool, of the weight's shape."""
-
-_ORDINARY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +95,7 @@ def masked_layers(model: nn.Module, *, only_L: bool = True) -> list[list[MaskedL
             group = [MaskedLayer(paths[bank], bank, True) for bank in module.paths]
         elif isinstance(module, Branch) and not module.is_identity:
             group = [MaskedLayer(path, module, module.tile_count[1] > 1)]
-        elif isinstance(module, _ORDINARY) and isinstance(module._parameters.get("weight"), nn.Parameter):
+        elif isinstance(module, ORDINARY) and isinstance(module._parameters.get("weight"), nn.Parameter):
             group = [MaskedLayer(path, module, False)]
         else:
             continue

@@ -108,7 +108,9 @@ def test_the_larger_sizes(name: str, millions: float, full_size: FullSize) -> No
 def test_every_entry_point_is_listed_and_described(full_size: FullSize) -> None:
     names = ["sw_base", "sw_large", "sw_small", "sw_tiny"]
     assert sorted(timm.list_models(module="shiftwise")) == names
-    for name in names:
+    first = ["sw_slak_base", "sw_slak_small", "sw_slak_tiny"]
+    assert sorted(timm.list_models(module="shiftwise_slak")) == first
+    for name in (*names, "sw_slak_tiny"):
         model = full_size(name)
         cfg = model.default_cfg
         assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv2d)
