@@ -214,7 +214,8 @@ def right_conv(x, weights, bias, residual, plan, out):
 
 
 def right_weight_grad(x, grad, plan):
-    return toeplitz_weight_grad_reference(x, grad, *([value for pair in pairs for value in pair] for pairs in plan))
+    _, *geometry = plan  # the gradient comes before sizes and origins
+    return toeplitz_weight_grad_reference(x, grad, *([value for pair in pairs for value in pair] for pairs in geometry))
 
 
 def wrong(launch, change):
