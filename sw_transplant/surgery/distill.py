@@ -203,7 +203,7 @@ def distill(
                     loss = distiller(output, labels)
                     if not bool(torch.isfinite(loss)):
                         raise ValueError(
-                            f"distill: the loss of epoch {epoch} is {float(loss)}; lower the learning_rate"
+                            f"distill: the loss of epoch {epoch} is {float(loss.detach())}; lower the learning_rate"
                         )
                     optimizer.zero_grad()
                     loss.backward()

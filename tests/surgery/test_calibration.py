@@ -15,6 +15,7 @@ from sw_transplant.surgery.calibration.ghosts import cheapest, exchange, share_o
 from sw_transplant.surgery.calibration.images import read_images
 from sw_transplant.surgery.calibration.sensitivity import sensitivities
 from sw_transplant.surgery.calibration.statistics import set_statistics
+from tests.sampling import sample
 from tests.small_models import Residual, conv
 
 
@@ -105,7 +106,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", sample(FORMS, ["pairs", "a loader", "a function with names"], unpack=False))
 def test_images_of_every_form_give_the_same(net, form):
     x = images()
     whole = form in ("one dict", "a function with names")
@@ -154,9 +155,10 @@ BAD = {
     "too few": (torch.randn(1, 8, 5, 5), "25 positions .* 45 taps"),
 }
 
+BAD_CASES = [(case, inplace) for case in BAD for inplace in (False, True)]
 
-@pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("inplace", [False, True])
+
+@pytest.mark.parametrize(("case", "inplace"), sample(BAD_CASES, [(case, True) for case in BAD]))
 def test_bad_images_are_refused_before_anything_changes(net, case, inplace):
     given, message = BAD[case]
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -327,8 +329,13 @@ def test_outputs_with_logits_and_layers_that_run_twice():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("stride", "dtype"),
+    sample(
+        [(stride, dtype) for stride in (1, 2) for dtype in (torch.float32, torch.float64, torch.bfloat16)],
+        [(1, torch.bfloat16), (2, torch.float32)],
+    ),
+)
 def test_a_convolution_alone_of_any_stride_and_dtype(stride, dtype):
     torch.manual_seed(0)
     layer = conv(8, 9, stride=stride).to(dtype)
