@@ -5,6 +5,7 @@ Read in this order:
     cli           the options of each command, and what the process prints and returns
     commands      what each command does
     science       the commands about the papers
+    erf           effective receptive fields
     load_model    a model from what the user names: a timm name, a folder, a function
 """
 

@@ -1,4 +1,4 @@
-"""The command line: sw-transplant inspect | convert | verify | cache | ladder."""
+"""The command line: sw-transplant inspect | convert | verify | cache | ladder | erf."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_verify(commands)
     _add_cache(commands)
-    add_science_commands(commands, _add_output)
+    add_science_commands(commands, _add_output, MODEL_HELP)
     return parser
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from sw_transplant.cli import erf
 from sw_transplant.cli.commands import Result
 from sw_transplant.science.cost import count_cost
 from sw_transplant.science.ladder import LADDER, Step
 from sw_transplant.tables import render_table
 
 
-def add_science_commands(commands: Any, add_output: Callable[[argparse.ArgumentParser], None]) -> None:
+def add_science_commands(commands: Any, add_output: Callable[[argparse.ArgumentParser], None], model_help: str) -> None:
     """Adds the commands about the papers to the parser's subcommands; ``add_output`` gives one ``--json``."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "ladder",
@@ -25,6 +26,16 @@ def add_science_commands(commands: Any, add_output: Callable[[argparse.ArgumentP
     )
     parser.add_argument("--no-cost", action="store_true", help="do not count, which takes half a minute")
     parser.set_defaults(command=run_ladder)
+    add_output(parser)
+    parser = commands.add_parser(
+        "erf",
+        help="effective receptive fields, as the papers' table and picture",
+        description=f"Measures which pixels contribute to the centre of the last map.\n\n{model_help}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    erf.add_options(parser)
+    parser.set_defaults(command=erf.run_erf)
     add_output(parser)
 
 
