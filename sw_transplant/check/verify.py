@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sw_transplant.check.comparison import Comparison, describe
+from sw_transplant.check.comparison import Comparison, describe, leaves, logits_name
 from sw_transplant.check.model_input import ModelInput
 from sw_transplant.check.reference import Reference
 from sw_transplant.check.report import SAME_FUNCTION, Count, OutputError, VerificationError, VerifyReport
@@ -254,6 +254,14 @@ def _progress_bar(wanted: bool, total: int) -> Iterator[Callable[[], None]]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("comparing", total=None if total == sys.maxsize else total)
         yield lambda: bar.advance(task)
+
+
+def numbers_per_class(model: nn.Module, images: Tensor) -> int | None:
+    """How many classes a model tells apart, seen on images; None where no output of it is one number per class."""
+    with torch.no_grad(), _evaluating(model):
+        outputs = dict(leaves(_run(model, _Batch(images, None, {}), 0)[0]))
+    name = logits_name(outputs, len(images))
+    return None if name is None else int(outputs[name].shape[1])
 
 
 def _run(model: nn.Module, batch: _Batch, seed: int) -> tuple[Any, float]:

@@ -4,7 +4,9 @@ Read in this order:
 
     cli           the options of each command, and what the process prints and returns
     commands      what each command does
+    data          the images of --data, and what is said of them
     load_model    a model from what the user names: a timm name, a folder, a function
+    messages      notes and errors
 """
 
 from sw_transplant.cli.cli import main

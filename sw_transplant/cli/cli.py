@@ -115,6 +115,7 @@ EXAMPLES = {
   sw-transplant verify slak_tiny --checkpoint slak_tiny.pth
   sw-transplant verify slak_tiny --checkpoint slak_tiny.pth --converted converted --data imagenet/val
   sw-transplant verify ./my_convnext --data images.npz --device cuda --dtype float16 --json
+  sw-transplant verify my_module:super_resolution --data photos --no-resize
 """,
 }
 
@@ -159,12 +160,26 @@ def _add_verify(commands: Any) -> None:
         "--data",
         type=Path,
         metavar="PATH",
-        help="folder of class folders (ImageNet's val), or .npz with images and, if wanted, labels; default: noise",
+        help="folder of class folders (ImageNet's val), folder of images, or .npz with images and, if wanted, labels; "
+        "default: noise",
     )
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="names of the class folders in the order of the model's outputs, one on each line or a JSON list",
+    )
+    parser.add_argument("--no-labels", action="store_true", help="compare all images below --data without labels")
+    parser.add_argument("--no-resize", action="store_true", help="leave the images of --data their size")
     parser.add_argument("--max-images", type=_count, metavar="N", help="of --data, evenly spread; default: all")
     parser.add_argument("--batch-size", type=_count, default=16, metavar="N", help="images at once (%(default)s)")
     parser.add_argument(
-        "--input-size", type=_size, metavar="SIZE", help="of the images, 224 or 192x256; default: the model's"
+        "--size",
+        "--input-size",
+        dest="input_size",
+        type=_size,
+        metavar="SIZE",
+        help="of the images, 224 or 192x256; default: the model's",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is built")
     parser.add_argument("--dtype", choices=DTYPES, help="what to compute in; default: the model's")
