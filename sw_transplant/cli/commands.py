@@ -6,14 +6,17 @@ import argparse
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from sw_transplant.check.certificate import CERTIFICATE_NAME
 from sw_transplant.check.verify import verify
+from sw_transplant.cli.certificates import certify
 from sw_transplant.cli.data import check_data, images_for
 from sw_transplant.cli.load_model import InputError, LoadedModel, load_model
 from sw_transplant.cli.messages import input_errors, note
+from sw_transplant.cli.results import Result
 from sw_transplant.config import SWConfig
 from sw_transplant.cuda import storage
 from sw_transplant.find.match import NoLargeKernelError
@@ -24,14 +27,6 @@ from sw_transplant.surgery.convert import convert
 from sw_transplant.surgery.hosts import is_host_folder
 from sw_transplant.surgery.io import CONFIG_NAME, WEIGHTS_NAME, load, save
 from sw_transplant.tables import render_table
-
-
-class Result(NamedTuple):
-    """What a command found: as text, as values for JSON, and the exit code: 1 where models differ too much, else 0."""
-
-    text: str
-    values: dict[str, Any]
-    code: int = 0
 
 
 def run_inspect(arguments: argparse.Namespace) -> Result:
@@ -69,21 +64,29 @@ def run_convert(arguments: argparse.Namespace) -> Result:
     """Converts, saves, and lists the layers."""
     if arguments.output is not None:
         _check_output(arguments.output)
+    elif arguments.certificate:
+        raise InputError("--certificate needs --output FOLDER: it is about what is saved there")
     loaded = _load(arguments)
     if arguments.output is None:
         note("without --output nothing is saved")
     elif loaded.random is not None:
         note(loaded.random)
-    converted = _converted(loaded.model, arguments, inplace=True)
+    converted = _converted(loaded.model, arguments, inplace=not arguments.certificate)
     if arguments.output is not None:
         with input_errors():
             save(converted, arguments.output)
+            (arguments.output / CERTIFICATE_NAME).unlink(missing_ok=True)  # of an earlier conversion
     # Whatever could still be converted has been left out by --select, and is to be reported so.
     config, nothing = _config(arguments), lambda path, module: False
     text = summary(converted, config, select=nothing)
     if arguments.output is not None:
         description = CONFIG_NAME if (arguments.output / CONFIG_NAME).is_file() else "config.json"
         text += f"\nSaved in {arguments.output}: {WEIGHTS_NAME} and {description}."
+    code = 0
+    if arguments.certificate:
+        report = certify(loaded.model, converted, arguments.output, config, arguments.seed)
+        text += f"\n{CERTIFICATE_NAME} written.\n{report}"
+        code = 0 if report.ok else 1
     left = inspect_model(converted, config, select=nothing)
     values = {
         "model": arguments.model,
@@ -91,8 +94,9 @@ def run_convert(arguments: argparse.Namespace) -> Result:
         "config": config.to_dict(),
         "layers": [_layer(path, m) for path, m in converted.named_modules() if isinstance(m, ShiftwiseConv2d)],
         "skipped": left.to_dict()["skipped"],
+        "certificate": str(arguments.output / CERTIFICATE_NAME) if arguments.certificate else None,
     }
-    return Result(text, values)
+    return Result(text, values, code)
 
 
 def run_verify(arguments: argparse.Namespace) -> Result:
@@ -118,6 +122,8 @@ def run_verify(arguments: argparse.Namespace) -> Result:
             dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
             input_size=arguments.input_size if arguments.data is None else None,
             seed=arguments.seed,
+            certificate=arguments.certificate,
+            config=_config(arguments) if arguments.converted is None else None,
         )
     values = {
         "model": arguments.model,

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import sw_transplant as sw
 from sw_transplant import interrupts
 from sw_transplant.cli import main
-from sw_transplant.cli.commands import Result
 from sw_transplant.cli.load_model import InputError, load_model
+from sw_transplant.cli.results import Result
 from sw_transplant.cuda import storage
 from sw_transplant.cuda.sources import Factory, Job
 
@@ -545,6 +545,37 @@ def test_trained_network_keeps_its_answers(run, folder: Path, shared: Path) -> N
     assert report["top1_original"]["count"] == report["top1_converted"]["count"] == right
 
 
+# ---- certificates ----
+
+
+def test_convert_certifies_and_check_checks(run, folder: Path) -> None:
+    code, out, _ = run("convert", "tiny_model:build", "-o", "converted", "--tile", 3, "--certificate", "--seed", 4)
+    assert code == 0
+    assert "certificate.json written" in out
+    code, out, _ = run("check", "converted", "--json")
+    assert (code, json.loads(out)["ok"]) == (0, True)
+    words = ("check", "converted", "--model", "tiny_model:build")
+    code, out, _ = run(*words, "--seed", 4)
+    assert code == 0
+    assert "the comparison, again" in out
+    code, out, _ = run(*words, "--seed", 5)
+    assert code == 1
+    assert "weights of the original model" in out
+    (folder / "converted" / "sw_config.json").write_text("{}")
+    assert run("check", "converted")[0] == 1
+    run("convert", "tiny_model:build", "-o", "converted")
+    assert not (folder / "converted" / "certificate.json").exists()  # of another conversion
+
+
+def test_verify_writes_a_certificate(run, folder: Path) -> None:
+    words = ("verify", "tiny_model:build", "--size", 16, "--certificate", "here.json")
+    assert run(*words)[0] == 0
+    values = json.loads((folder / "here.json").read_text())
+    assert (values["ok"], values["config"]["tile"], len(values["layers"])) == (True, None, 2)
+    assert run(*words, "--bound", 0, "--form", "shift")[0] == 1
+    assert json.loads((folder / "here.json").read_text())["ok"] is False
+
+
 # ---- bad input ----
 
 BAD = {
@@ -590,6 +621,9 @@ BAD = {
     "a graph as a model": (("verify", "model.onnx"), "exported graph"),
     "a source file as a model": (("inspect", "tiny_model.py"), "tiny_model:build"),
     "another file as a model": (("inspect", "notes.txt"), "MODEL is a name of timm"),
+    "certificate of nothing": (("convert", "tiny_model:build", "--certificate"), "--output"),
+    "check of no folder": (("check", "nowhere"), "no such folder"),
+    "check without a certificate": (("check", "."), "certificate.json: no such file"),
     "classes without data": (("verify", "tiny_model:build", "--classes", "x"), "--data"),
     "no labels without data": (("verify", "tiny_model:build", "--no-labels"), "--data"),
     "size and no size": (("verify", "tiny_model:build", "--data", ".", "--no-resize", "--size", "8"), "--no-resize"),
@@ -693,7 +727,9 @@ def test_interrupt_is_quiet(run) -> None:
     assert run("inspect", "tiny_model:interrupted") == (130, "", "this is no result\n")
 
 
-@pytest.mark.parametrize("words", [("--help",), ("inspect", "--help"), ("convert", "--help"), ("verify", "--help")])
+@pytest.mark.parametrize(
+    "words", [("--help",), ("inspect", "--help"), ("convert", "--help"), ("verify", "--help"), ("check", "--help")]
+)
 def test_help_has_examples(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
