@@ -7,5 +7,8 @@ Read in this order:
     report         what was found, and the verdict
     comparison     the numbers of a comparison
     reference      both models in wide numbers, to tell rounding from difference
+    rounding       what each converted layer rounds, beside the bound that is proven for it
+    certificate    all of it in a file
     verify         runs both models and compares
+    recheck        the file checked again
 """

@@ -13,7 +13,7 @@ from torch import Tensor
 from sw_transplant.check.report import Count, OutputError, VerifyReport
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """(name, leaf) of everything in a model's output that is not None, in order."""
     entries: Iterable[tuple[str, Any]]
     if isinstance(value, Mapping):
@@ -29,7 +29,16 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield name or "output", value
         return
     for key, entry in entries:
-        yield from _leaves(entry, key)
+        yield from leaves(entry, key)
+
+
+def logits_name(outputs: Mapping[str, Any], images: int) -> str | None:
+    """Which output holds a number per class: ``logits``, or else the only one of two dimensions. None if none does."""
+    flat = [name for name, a in outputs.items() if isinstance(a, Tensor) and a.ndim == 2 and len(a) == images]
+    if "logits" in outputs:
+        flat = [name for name in flat if name == "logits"]
+    # pooler_output: Hugging Face's features before the classifier
+    return flat[0] if len(flat) == 1 and flat[0] != "pooler_output" else None
 
 
 def describe(value: Any) -> str:
@@ -66,14 +75,14 @@ class Comparison:
         """Adds a batch: both models' outputs and seconds, and what both of them give in wide numbers, where known."""
         self.sizes.append(len(images))
         self.seconds.append((original[1], converted[1]))
-        pairs = self._pairs(dict(_leaves(original[0])), dict(_leaves(converted[0])))
+        pairs = self._pairs(dict(leaves(original[0])), dict(leaves(converted[0])))
         for name, (a, b) in pairs.items():
             a, b = _float64(a), _float64(b)
             self._add_numbers(name, a, b)
             if _is_picture(a, images):
                 self._add_range(name, a)
         if wide is not None:
-            self._add_wide(pairs, *(dict(_leaves(output)) for output in wide))
+            self._add_wide(pairs, *(dict(leaves(output)) for output in wide))
         logits = self._logits(pairs, len(images), labels)
         if logits is not None:
             self._add_classes(*logits, labels)
@@ -128,11 +137,9 @@ class Comparison:
     def _logits(
         self, pairs: dict[str, tuple[Tensor, Tensor]], images: int, labels: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
-        flat = [name for name, (a, _) in pairs.items() if a.ndim == 2 and len(a) == images]
-        if "logits" in pairs:
-            flat = [name for name in flat if name == "logits"]
-        if len(flat) == 1 and flat[0] != "pooler_output":  # Hugging Face's features before the classifier
-            return pairs[flat[0]]
+        name = logits_name({name: a for name, (a, _) in pairs.items()}, images)
+        if name is not None:
+            return pairs[name]
         if labels is not None:
             raise ValueError(
                 f"verify: labels came and none of the outputs ({', '.join(pairs)}) is the logits; expected an output "

@@ -112,6 +112,15 @@ class ModelInput:
             return create_transform(**settings, is_training=False)
         return partial(_resize_crop_normalise, self)
 
+    def as_it_is(self, image: Image) -> Tensor:
+        """A PIL image of any size, scaled to 0..1 and normalised: float32 (C, H, W) of its own size."""
+        return normalise(_scaled(image), self.mean, self.std)
+
+
+def _scaled(image: Image) -> Tensor:
+    pixels = np.array(image, dtype=np.float32)  # (H, W) or (H, W, C)
+    return (torch.from_numpy(pixels).reshape(image.height, image.width, -1).permute(2, 0, 1) / 255).contiguous()
+
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(..., C, H, W) minus the mean of its channel, over its standard deviation."""
@@ -198,6 +207,5 @@ def _resize_crop_normalise(model_input: ModelInput, image: Image) -> Tensor:
         (max(least[0], int(image.width * scale)), max(least[1], int(image.height * scale))), Resampling.BILINEAR
     )
     left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
-    pixels = np.array(resized.crop((left, top, left + width, top + height)), dtype=np.float32)  # (H, W) or (H, W, C)
-    x = torch.from_numpy(pixels).reshape(height, width, -1).permute(2, 0, 1) / 255
-    return normalise(x.contiguous(), model_input.mean, model_input.std)
+    cropped = resized.crop((left, top, left + width, top + height))
+    return normalise(_scaled(cropped), model_input.mean, model_input.std)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,10 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sw_transplant.check.comparison import Comparison, describe
+from sw_transplant.check.certificate import certificate as make_certificate
+from sw_transplant.check.certificate import hash_tensors, hash_weights
+from sw_transplant.check.comparison import Comparison, describe, leaves, logits_name
 from sw_transplant.check.model_input import ModelInput
 from sw_transplant.check.reference import Reference
 from sw_transplant.check.report import SAME_FUNCTION, Count, OutputError, VerificationError, VerifyReport
+from sw_transplant.check.rounding import LayerRounding, measure_layers
+from sw_transplant.config import SWConfig
 
 __all__ = ["BOUNDS", "TF32_BOUND", "Count", "OutputError", "VerificationError", "VerifyReport", "bound_for", "verify"]
 
@@ -66,6 +71,8 @@ def verify(
     input_size: int | tuple[int, ...] | None = None,
     seed: int = 0,
     progress: bool = True,
+    certificate: str | os.PathLike[str] | None = None,
+    config: SWConfig | None = None,
 ) -> VerifyReport:
     """Run two models on the same images, in eval mode, and compare everything they return.
 
@@ -95,6 +102,10 @@ def verify(
         input_size: S, (H, W) or (C, H, W) of the noise, where ``data`` is None.
         seed: of the noise, and of whatever is random inside the models.
         progress: show a progress bar on stderr where that is a terminal.
+        certificate: file to write what was found to (docs/certificate.md), usually ``certificate.json`` in the folder
+            that ``save`` wrote, whose files it then covers. Every converted layer is then compared with exact
+            arithmetic, too, on the first batch.
+        config: of the conversion, for the certificate.
 
     Returns:
         A :class:`VerifyReport`. An output is named by its place, such as ``logits`` or ``hidden_states[2]``; a model
@@ -116,8 +127,10 @@ def verify(
         raise ValueError(f"verify: bounds is {bounds}; expected None or a relative RMS error of 0 or more.")
     if data is not None and input_size is not None:
         raise ValueError("verify: input_size is the size of the noise that data=None makes; leave one of the two out.")
+    noise = data is None
     if data is None:
         data = _noise(original, input_size, batch_size, seed)
+    models = (original, converted)
     if device is not None or dtype is not None:
         original, converted = copy.deepcopy((original, converted))
         for model in (original, converted):
@@ -132,6 +145,9 @@ def verify(
     coarse = bounds is None and bound > SAME_FUNCTION
     reference = Reference(original, converted) if coarse else None
     batches = _split(data, batch_size)
+    hashes: list[str] = []  # of the batches
+    shape: tuple[int, ...] = ()  # of the first
+    layers: tuple[LayerRounding, ...] = ()
     total = min(length_hint(batches, sys.maxsize), max_batches or sys.maxsize)
     # Not inference_mode: what a model caches under it, an assembled kernel for instance, could not be trained through.
     with torch.no_grad(), _evaluating(original), _evaluating(converted), _progress_bar(progress, total) as advance:
@@ -139,16 +155,30 @@ def verify(
             runs = _run(original, batch, seed), _run(converted, batch, seed)
             wide = None if reference is None else reference.outputs(_runner(batch, seed))
             comparison.add(batch.images, batch.labels, *runs, wide)
+            if certificate is not None:
+                hashes.append(hash_tensors([batch.images]))
+                layers = layers if index > 1 else measure_layers(converted, _runner(batch, seed))
+                shape = shape or tuple(batch.images.shape)
             advance()
             if index == max_batches:
                 break
     if not comparison.sizes:
         raise ValueError(f"verify: data is empty; expected {_DATA_FORMS}. Was an iterator already used up?")
     dtype_name, device_name = str(coarsest).removeprefix("torch."), str(devices[0])
-    if reference is None:
-        return comparison.report(bound, dtype_name, device_name)
-    wide_name = None if reference.dtype is None else str(reference.dtype).removeprefix("torch.")
-    return comparison.report(bound, dtype_name, device_name, wide_name, reference.note)
+    wide_name = None if reference is None or reference.dtype is None else str(reference.dtype).removeprefix("torch.")
+    note = "" if reference is None else reference.note
+    report = comparison.report(bound, dtype_name, device_name, wide_name, note)
+    if certificate is not None:
+        inputs: dict[str, Any] = {
+            "kind": "noise" if noise else "images",
+            "images": report.images,
+            "seed": seed,
+            "shape": shape,
+        }
+        inputs["batches"] = hashes
+        weights = hash_weights(models[0]), hash_weights(models[1])
+        make_certificate(original, weights, report, layers, inputs, config).write(certificate)
+    return report
 
 
 class _Batch(NamedTuple):
@@ -254,6 +284,14 @@ def _progress_bar(wanted: bool, total: int) -> Iterator[Callable[[], None]]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("comparing", total=None if total == sys.maxsize else total)
         yield lambda: bar.advance(task)
+
+
+def numbers_per_class(model: nn.Module, images: Tensor) -> int | None:
+    """How many classes a model tells apart, seen on images; None where no output of it is one number per class."""
+    with torch.no_grad(), _evaluating(model):
+        outputs = dict(leaves(_run(model, _Batch(images, None, {}), 0)[0]))
+    name = logits_name(outputs, len(images))
+    return None if name is None else int(outputs[name].shape[1])
 
 
 def _run(model: nn.Module, batch: _Batch, seed: int) -> tuple[Any, float]:

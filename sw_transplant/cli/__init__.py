@@ -1,4 +1,4 @@
-"""The command line: sw-transplant inspect | convert | verify.
+"""The command line: sw-transplant inspect | convert | verify | check | cache.
 
 Read in this order:
 
@@ -6,7 +6,11 @@ Read in this order:
     commands      what each command does
     science       the commands about the papers
     erf           effective receptive fields
+    certificates  the command check
+    results       what a command gives back
+    data          the images of --data, and what is said of them
     load_model    a model from what the user names: a timm name, a folder, a function
+    messages      notes and errors
 """
 
 from sw_transplant.cli.cli import main

@@ -1,4 +1,4 @@
-"""The command line: sw-transplant inspect | convert | verify | cache | ladder | erf."""
+"""The command line: sw-transplant inspect | convert | verify | check | cache | ladder | erf."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from typing import Any, NoReturn, TextIO, get_args
 import torch
 
 from sw_transplant import __version__
-from sw_transplant.cli.commands import Result, run_cache, run_convert, run_inspect, run_verify
+from sw_transplant.cli.certificates import run_check
+from sw_transplant.cli.commands import run_cache, run_convert, run_inspect, run_verify
 from sw_transplant.cli.load_model import InputError, one_line
+from sw_transplant.cli.results import Result
 from sw_transplant.cli.science import add_science_commands
 from sw_transplant.config import Form, SWConfig
 from sw_transplant.interrupts import Stopped, stopped_by_signals
@@ -35,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; None for those of this process.
 
     Returns:
-        The exit code: 0 fine, 1 beyond verify's bound, 2 bad input, 3 an unexpected exception (its traceback is on
-        stderr), 130 interrupted, 141 nobody reads the output, 143 terminated. Signals are taken over until it returns,
-        in the main thread, even ignored ones.
+        The exit code: 0 fine, 1 beyond verify's bound or not as certified, 2 bad input, 3 an unexpected exception (its
+        traceback is on stderr), 130 interrupted, 141 nobody reads the output, 143 terminated. Signals are taken over
+        until it returns, in the main thread, even ignored ones.
 
     Raises:
         SystemExit: code 0, after ``--help`` and ``--version``.
@@ -98,7 +100,7 @@ Nothing is downloaded. Weights that are not given are random (--seed).
 """
 
 EXIT_HELP = """\
-exit codes: 0 fine, 1 verify: beyond the bound, 2 bad input, 3 a bug (or the model's own code failed)
+exit codes: 0 fine, 1 verify, check: beyond the bound or changed, 2 bad input, 3 a bug (or the model's own code failed)
 """
 
 EXAMPLES = {
@@ -116,6 +118,11 @@ EXAMPLES = {
   sw-transplant verify slak_tiny --checkpoint slak_tiny.pth
   sw-transplant verify slak_tiny --checkpoint slak_tiny.pth --converted converted --data imagenet/val
   sw-transplant verify ./my_convnext --data images.npz --device cuda --dtype float16 --json
+  sw-transplant verify my_module:super_resolution --data photos --no-resize
+""",
+    "check": """\
+  sw-transplant check converted
+  sw-transplant check converted --model slak_tiny --checkpoint slak_tiny.pth
 """,
 }
 
@@ -133,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_convert(commands)
     _add_verify(commands)
+    _add_check(commands)
     _add_cache(commands)
     add_science_commands(commands, _add_output, MODEL_HELP)
     return parser
@@ -148,6 +156,9 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FOLDER", help=f"gets {WEIGHTS_NAME} and {CONFIG_NAME}; default: not saved"
     )
+    parser.add_argument(
+        "--certificate", action="store_true", help="compare with the original, and write certificate.json beside it"
+    )
     _add_search(parser)
     _add_form(parser)
 
@@ -161,13 +172,28 @@ def _add_verify(commands: Any) -> None:
         "--data",
         type=Path,
         metavar="PATH",
-        help="folder of class folders (ImageNet's val), or .npz with images and, if wanted, labels; default: noise",
+        help="folder of class folders (ImageNet's val), folder of images, or .npz with images and, if wanted, labels; "
+        "default: noise",
     )
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="names of the class folders in the order of the model's outputs, one on each line or a JSON list",
+    )
+    parser.add_argument("--no-labels", action="store_true", help="compare all images below --data without labels")
+    parser.add_argument("--no-resize", action="store_true", help="leave the images of --data their size")
     parser.add_argument("--max-images", type=_count, metavar="N", help="of --data, evenly spread; default: all")
     parser.add_argument("--batch-size", type=_count, default=16, metavar="N", help="images at once (%(default)s)")
     parser.add_argument(
-        "--input-size", type=_size, metavar="SIZE", help="of the images, 224 or 192x256; default: the model's"
+        "--size",
+        "--input-size",
+        dest="input_size",
+        type=_size,
+        metavar="SIZE",
+        help="of the images, 224 or 192x256; default: the model's",
     )
+    parser.add_argument("--certificate", type=Path, metavar="FILE", help="write what was found to this JSON file")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is built")
     parser.add_argument("--dtype", choices=DTYPES, help="what to compute in; default: the model's")
     parser.add_argument(
@@ -175,6 +201,23 @@ def _add_verify(commands: Any) -> None:
     )
     _add_search(parser)
     _add_form(parser)
+
+
+def _add_check(commands: Any) -> None:
+    what = "check the certificate of a converted model again"
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "check",
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}: its files, and with --model the comparison.\n\n{MODEL_HELP}",
+        epilog=f"examples:\n{EXAMPLES['check']}\n{EXIT_HELP}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=run_check)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="what convert --output FOLDER --certificate wrote")
+    parser.add_argument("--model", metavar="MODEL", help="the original, see above; default: only files are checked")
+    _add_weights(parser)
+    _add_output(parser)
 
 
 def _add_cache(commands: Any) -> None:
@@ -204,6 +247,12 @@ def _add_command(
     )
     parser.set_defaults(command=command)
     parser.add_argument("model", metavar="MODEL", help="see above")
+    _add_weights(parser)
+    _add_output(parser)
+    return parser
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="PATH",
@@ -211,8 +260,6 @@ def _add_command(
     )
     parser.add_argument("--num-classes", type=_count, metavar="N", help="outputs of the classifier; for a timm name")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
-    _add_output(parser)
-    return parser
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from sw_transplant.check.images import load_images
-from sw_transplant.check.model_input import ModelInput
+from sw_transplant.check.certificate import CERTIFICATE_NAME
 from sw_transplant.check.verify import verify
-from sw_transplant.cli.load_model import InputError, LoadedModel, load_model, one_line
+from sw_transplant.cli.certificates import certify
+from sw_transplant.cli.data import check_data, images_for
+from sw_transplant.cli.load_model import InputError, LoadedModel, load_model
+from sw_transplant.cli.messages import input_errors, note
+from sw_transplant.cli.results import Result
 from sw_transplant.config import SWConfig
 from sw_transplant.cuda import storage
 from sw_transplant.find.match import NoLargeKernelError
@@ -29,22 +28,11 @@ from sw_transplant.surgery.hosts import is_host_folder
 from sw_transplant.surgery.io import CONFIG_NAME, WEIGHTS_NAME, load, save
 from sw_transplant.tables import render_table
 
-EXTRAS = {"PIL": "hf", "timm": "timm", "torchvision": "timm", "transformers": "hf"}
-"""Which extra of sw-transplant brings a package."""
-
-
-class Result(NamedTuple):
-    """What a command found: as text, as values for JSON, and the exit code: 1 where models differ too much, else 0."""
-
-    text: str
-    values: dict[str, Any]
-    code: int = 0
-
 
 def run_inspect(arguments: argparse.Namespace) -> Result:
     """The dry run. Raises InputError, as all commands."""
     model = _load(arguments).model
-    with _input_errors():
+    with input_errors():
         inspection = inspect_model(model, _config(arguments), select=arguments.select)
     return Result(str(inspection), {"model": arguments.model, **inspection.to_dict()})
 
@@ -76,21 +64,29 @@ def run_convert(arguments: argparse.Namespace) -> Result:
     """Converts, saves, and lists the layers."""
     if arguments.output is not None:
         _check_output(arguments.output)
+    elif arguments.certificate:
+        raise InputError("--certificate needs --output FOLDER: it is about what is saved there")
     loaded = _load(arguments)
     if arguments.output is None:
-        _note("without --output nothing is saved")
+        note("without --output nothing is saved")
     elif loaded.random is not None:
-        _note(loaded.random)
-    converted = _converted(loaded.model, arguments, inplace=True)
+        note(loaded.random)
+    converted = _converted(loaded.model, arguments, inplace=not arguments.certificate)
     if arguments.output is not None:
-        with _input_errors():
+        with input_errors():
             save(converted, arguments.output)
+            (arguments.output / CERTIFICATE_NAME).unlink(missing_ok=True)  # of an earlier conversion
     # Whatever could still be converted has been left out by --select, and is to be reported so.
     config, nothing = _config(arguments), lambda path, module: False
     text = summary(converted, config, select=nothing)
     if arguments.output is not None:
         description = CONFIG_NAME if (arguments.output / CONFIG_NAME).is_file() else "config.json"
         text += f"\nSaved in {arguments.output}: {WEIGHTS_NAME} and {description}."
+    code = 0
+    if arguments.certificate:
+        report = certify(loaded.model, converted, arguments.output, config, arguments.seed)
+        text += f"\n{CERTIFICATE_NAME} written.\n{report}"
+        code = 0 if report.ok else 1
     left = inspect_model(converted, config, select=nothing)
     values = {
         "model": arguments.model,
@@ -98,8 +94,9 @@ def run_convert(arguments: argparse.Namespace) -> Result:
         "config": config.to_dict(),
         "layers": [_layer(path, m) for path, m in converted.named_modules() if isinstance(m, ShiftwiseConv2d)],
         "skipped": left.to_dict()["skipped"],
+        "certificate": str(arguments.output / CERTIFICATE_NAME) if arguments.certificate else None,
     }
-    return Result(text, values)
+    return Result(text, values, code)
 
 
 def run_verify(arguments: argparse.Namespace) -> Result:
@@ -108,23 +105,25 @@ def run_verify(arguments: argparse.Namespace) -> Result:
     loaded = _load(arguments)
     original = loaded.model
     if loaded.random is not None:
-        _note(f"{loaded.random}; many networks start with blocks that hardly count, and hide errors in them")
+        note(f"{loaded.random}; many networks start with blocks that hardly count, and hide errors in them")
     if arguments.converted is None:
         converted = _converted(original, arguments, inplace=False)
     else:
-        with _input_errors():
+        with input_errors():
             converted = load(original, arguments.converted)
-    with _input_errors():
+    with input_errors():
         report = verify(
             original,
             converted,
-            _images(arguments, loaded),
+            images_for(arguments, loaded),
             bounds=arguments.bound,
             batch_size=arguments.batch_size,
             device=arguments.device,
             dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
             input_size=arguments.input_size if arguments.data is None else None,
             seed=arguments.seed,
+            certificate=arguments.certificate,
+            config=_config(arguments) if arguments.converted is None else None,
         )
     values = {
         "model": arguments.model,
@@ -148,7 +147,7 @@ def _config(arguments: argparse.Namespace) -> SWConfig:
 
 def _converted(model: torch.nn.Module, arguments: argparse.Namespace, *, inplace: bool) -> torch.nn.Module:
     try:
-        with _input_errors():
+        with input_errors():
             return convert(model, _config(arguments), select=arguments.select, inplace=inplace)
     except InputError as error:
         if not isinstance(error.__cause__, NoLargeKernelError):
@@ -157,17 +156,6 @@ def _converted(model: torch.nn.Module, arguments: argparse.Namespace, *, inplace
         raise InputError(
             f"{arguments.model}: {found}; lower --min-kernel, or see: sw-transplant inspect {arguments.model}"
         ) from error
-
-
-def _images(arguments: argparse.Namespace, loaded: LoadedModel) -> Any:
-    """The images of ``--data``, made ready for the model; None for noise."""
-    if arguments.data is None:
-        return None
-    model_input = ModelInput.of(loaded.model, loaded.processor)
-    if arguments.input_size is not None:
-        shape = (model_input.shape[0], *arguments.input_size)
-        model_input = replace(model_input, shape=shape, processor=None)  # a processor would make its own size
-    return load_images(arguments.data, model_input, batch_size=arguments.batch_size, limit=arguments.max_images)
 
 
 def _layer(path: str, module: ShiftwiseConv2d) -> dict[str, Any]:
@@ -179,10 +167,6 @@ def _layer(path: str, module: ShiftwiseConv2d) -> dict[str, Any]:
         "kernels": [list(branch.geometry.kernel_size) for branch in module.branches],  # type: ignore[arg-type, union-attr]
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
     }
-
-
-def _note(text: str) -> None:
-    print(f"sw-transplant: note: {text}", file=sys.stderr)
 
 
 # ---- checks that need no model ----
@@ -203,10 +187,7 @@ def _check_verify(arguments: argparse.Namespace) -> None:
             if getattr(arguments, option) is not None:
                 name = option.replace("_", "-")
                 raise InputError(f"--{name} does not go with --converted, which is converted already; leave one out")
-    if arguments.max_images is not None and arguments.data is None:
-        raise InputError("--max-images needs --data: without it, two batches of noise are compared")
-    if arguments.data is not None and not arguments.data.exists():
-        raise InputError(f"--data {arguments.data}: no such file or folder")
+    check_data(arguments)
     if arguments.device is not None:
         _check_device(arguments.device)
 
@@ -222,16 +203,3 @@ def _check_device(name: str) -> None:
             raise InputError(f"--device {name}: PyTorch sees {count} CUDA devices here; cpu is always there")
     elif device != torch.device("cpu"):
         raise InputError(f"--device {name}: expected cpu, cuda, or cuda:1 and so on")
-
-
-@contextmanager
-def _input_errors() -> Iterator[None]:
-    """What the library refuses becomes the one line that the user sees."""
-    try:
-        yield
-    except ImportError as error:
-        extra = EXTRAS.get(str(error.name).partition(".")[0])
-        hint = f'; pip install "sw-transplant[{extra}]"' if extra else ""
-        raise InputError(f"{one_line(error)}{hint}") from error
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise InputError(one_line(error)) from error

@@ -69,9 +69,10 @@ def load_model(
         seed: of the weights that are not loaded.
 
     Raises:
-        InputError: there is no such model, it cannot be built so, its weights cannot be read, or an optional package is
-            not installed. What a user's own callable raises comes as it is.
+        InputError: there is no such model, it is a file, it cannot be built so, its weights cannot be read, or an
+            optional package is not installed. What a user's own callable raises comes as it is.
     """
+    _refuse_file(source)
     torch.manual_seed(seed)
     if ":" in source and not Path(source).is_dir():
         _refuse(num_classes, "--num-classes", source, "is called without arguments")
@@ -91,6 +92,33 @@ def load_model(
     except (ValueError, OSError) as error:
         raise InputError(one_line(error)) from error
     return LoadedModel(loaded.model, loaded.processor)
+
+
+KINDS = "MODEL is a name of timm, a Hugging Face folder (with config.json), or module:callable"
+WEIGHTS = frozenset({".bin", ".ckpt", ".h5", ".msgpack", ".npz", ".pt", ".pth", ".pth.tar", ".safetensors", ".tar"})
+GRAPHS = frozenset({".engine", ".mlmodel", ".onnx", ".pb", ".plan", ".tflite"})
+
+
+def _refuse_file(source: str) -> None:
+    """A file is no model: weights do not say which network they are of, and an exported graph is none of PyTorch's."""
+    file = Path(source).expanduser()
+    if not file.is_file():
+        return
+    if file.suffix.lower() in WEIGHTS:
+        raise InputError(
+            f"{source}: a file of weights, which does not say what network they are of; {KINDS}: name that network, "
+            f"and give the file as --checkpoint {source}"
+        )
+    if file.suffix.lower() in GRAPHS:
+        raise InputError(
+            f"{source}: an exported graph, and no PyTorch model; {KINDS}: convert the model that it was exported from, "
+            f"then export again"
+        )
+    if file.suffix == ".py":
+        raise InputError(
+            f"{source}: {KINDS}: name the function in it that builds the model, for instance {file.stem}:build"
+        )
+    raise InputError(f"{source}: a file; {KINDS}")
 
 
 def one_line(error: BaseException) -> str:

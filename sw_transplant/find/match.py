@@ -171,7 +171,7 @@ class Inspection:
             )
             rows.append([f"{len(self.matches)} layers", "", "", "", "", "", f"{before:,}", f"{after:,}"])
             parts.append(render_table("Large depthwise convolutions to convert", headers, rows))
-        else:
+        elif not self.converted:
             parts.append("No large depthwise convolution to convert.")
         if self.converted:
             parts.append(f"{len(self.converted)} layers are Shiftwise already: {_first(self.converted)}")

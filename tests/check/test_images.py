@@ -283,17 +283,60 @@ def test_folder_for_five_channels(folder):
 def test_nothing_there(tmp_path):
     with pytest.raises(ValueError, match=r"there is no file or folder .*nowhere"):
         load_images(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"no images in the class folders of .* \(0 of them\)"):
+    with pytest.raises(ValueError, match=r"no images in .* or in the class folders of .* \(0 of them\)"):
         load_images(tmp_path)
     (tmp_path / "empty class").mkdir()
-    with pytest.raises(ValueError, match=r"no images in the class folders of .* \(1 of them\)"):
+    with pytest.raises(ValueError, match=r"no images in .* or in the class folders of .* \(1 of them\)"):
         load_images(tmp_path)
     (tmp_path / "images.tar").write_text("")
     with pytest.raises(ValueError, match="neither a folder nor an"):
         load_images(tmp_path / "images.tar")
 
 
+def test_folder_of_images_alone(tmp_path):
+    for red in (10, 20, 30):
+        Image.new("RGB", (20, 12), (red, 0, 255)).save(tmp_path / f"{red}.png")
+    batches = list(load_images(tmp_path, SMALL, batch_size=2))
+    assert [tuple(images.shape) for images in batches] == [(2, 3, 8, 8), (1, 3, 8, 8)]
+    assert reds((images, None) for images in batches) == [10, 20, 30]
+    with pytest.raises(ValueError, match="has none with images; leave classes out"):
+        load_images(tmp_path, SMALL, classes=["a"])
+
+
+def test_labels_left_out(folder):
+    (images,) = load_images(folder, ModelInput(shape=(3, 8, 8), num_classes=1000), labels=False)
+    assert images.shape == (5, 3, 8, 8)
+    with pytest.raises(ValueError, match="leave one of them out"):
+        load_images(folder, SMALL, labels=False, classes=["a_dog", "b_cat"])
+
+
+def test_images_beside_class_folders_are_not_passed_over(folder):
+    Image.new("RGB", (20, 12)).save(folder / "loose.png")
+    with pytest.raises(ValueError, match=r"1 images beside its class folders \(loose.png\)"):
+        load_images(folder, SMALL)
+    (images,) = load_images(folder, SMALL, labels=False)
+    assert len(images) == 6
+
+
+def test_images_of_their_own_size(tmp_path):
+    for index, size in enumerate([(20, 12), (20, 12), (9, 5), (20, 12), (20, 12), (20, 12)]):
+        Image.new("RGB", size, (51, 0, 255)).save(tmp_path / f"{index}.png")
+    batches = list(load_images(tmp_path, SMALL, batch_size=2, resize=False))
+    assert [tuple(images.shape) for images in batches] == [(2, 3, 12, 20), (1, 3, 5, 9), (2, 3, 12, 20), (1, 3, 12, 20)]
+    torch.testing.assert_close(batches[1][0, 0], torch.full((5, 9), (0.2 - SMALL.mean[0]) / SMALL.std[0]))
+
+
 # ---- arrays
+
+
+def test_arrays_of_their_own_size_and_without_labels(tmp_path):
+    file = save(tmp_path / "a.npz", images=pixels(2, 5, 7), labels=np.arange(2))
+    ((images, labels),) = load_images(file, SMALL, resize=False)
+    assert (tuple(images.shape), labels.tolist()) == ((2, 3, 5, 7), [0, 1])
+    (images,) = load_images(file, SMALL, labels=False)
+    assert tuple(images.shape) == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match="classes name folders"):
+        load_images(file, SMALL, classes=["a"])
 
 
 def test_uint8_images_are_scaled_and_normalised(tmp_path):

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import sw_transplant as sw
 from sw_transplant import interrupts
 from sw_transplant.cli import main
-from sw_transplant.cli.commands import Result
 from sw_transplant.cli.load_model import InputError, load_model
+from sw_transplant.cli.results import Result
 from sw_transplant.cuda import storage
 from sw_transplant.cuda.sources import Factory, Job
 
@@ -66,6 +66,12 @@ def waits():
     finally:
         open("tidied_up", "w").close()
 
+def embedding():
+    return nn.Sequential(*list(build())[:-1])
+
+def enlarges():
+    return nn.Sequential(nn.Conv2d(3, 3, 9, padding=4, groups=3), nn.Upsample(scale_factor=2))
+
 model = build()
 number = 3
 """
@@ -78,6 +84,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "tiny_model.py").write_text(TINY)
+    for name in ("weights.pth", "weights.safetensors", "model.onnx"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("cat\ncat\n")
     (tmp_path / "broken_module.py").write_text("import no_such_dependency\n")
     yield tmp_path
     sys.modules.pop("tiny_model", None)
@@ -402,6 +411,86 @@ def test_verify_with_class_folders(run, folder: Path) -> None:
     assert (code, report["images"], report["top1_original"]["of"]) == (0, 10, 10)
 
 
+def save_images(path: Path, *sizes: tuple[int, int]) -> Path:
+    """A folder of images alone, of these heights and widths."""
+    path.mkdir()
+    generator = np.random.default_rng(0)
+    for index, size in enumerate(sizes):
+        Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path / f"{index}.png")
+    return path
+
+
+def test_verify_with_a_folder_of_images(run, folder: Path) -> None:
+    data = save_images(folder / "photos", (24, 20), (24, 20), (30, 30))
+    code, out, err = run("verify", "tiny_model:build", "--data", data, "--size", 16, "--json")
+    report = json.loads(out)
+    assert (code, report["images"], report["top1_original"]) == (0, 3, None)
+    (note,) = [line for line in err.splitlines() if "note: 3 images" in line]
+    assert "3 images, without labels, 24x20 to 30x30: resized and cropped to 16x16 (--size;" in note
+    assert "mean 0.485 0.456 0.406" in note
+
+
+def test_verify_of_a_network_that_makes_images(run, folder: Path) -> None:
+    data = save_images(folder / "photos", (24, 20), (24, 20), (13, 17), (24, 20))
+    code, out, err = run("verify", "tiny_model:enlarges", "--data", data, "--no-resize", "--json")
+    report = json.loads(out)
+    assert (code, report["images"]) == (0, 4)
+    assert "13x17 to 24x20: not resized, normalised" in err
+    assert "PSNR" in err
+    code, out, _ = run("verify", "tiny_model:enlarges", "--data", data, "--no-resize", "--dtype", "bfloat16", "--json")
+    assert code == 0
+    assert json.loads(out)["outputs"][0]["psnr"] is None or json.loads(out)["outputs"][0]["psnr"] > 30
+
+
+def test_folders_that_are_not_the_models_classes_are_a_question(run, folder: Path) -> None:
+    data = save_class_folders(folder / "val", classes=3)
+    words = ("verify", "tiny_model:build", "--data", data, "--size", 16)
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert "has 3 class folders and the model gives 5 numbers for an image: which of them are they? --classes" in err
+    (folder / "names.txt").write_text("class2\nnone\nclass1\n\nclass0\nother\n")
+    code, out, _ = run(*words, "--classes", "names.txt", "--json")
+    report = json.loads(out)
+    assert (code, report["top1_original"]["of"]) == (0, 6)
+    (folder / "names.json").write_text('["class2", "none", "class1", "class0", "other"]')
+    again = json.loads(run(*words, "--classes", "names.json", "--json")[1])
+    assert again["top1_original"] == report["top1_original"]
+    code, out, err = run(*words, "--no-labels", "--json")
+    assert (code, json.loads(out)["top1_original"], "6 images, without labels" in err) == (0, None, True)
+    (folder / "names.txt").write_text("class2\nclass1\nclass0\n")
+    code, _, err = run(*words, "--classes", "names.txt")
+    assert (code, "names.txt has 3 names and the model gives 5 numbers" in err) == (2, True)
+
+
+def test_labels_that_no_output_answers_are_a_question(run, folder: Path) -> None:
+    data = save_class_folders(folder / "val", classes=5)
+    code, _, err = run("verify", "tiny_model:embedding", "--data", data, "--size", 16)  # 8 numbers
+    assert (code, "5 class folders and the model gives 8 numbers" in err) == (2, True)
+    code, _, err = run("verify", "tiny_model:enlarges", "--data", data, "--size", 16)
+    assert (code, "no output of the model is one number per class; --no-labels" in err) == (2, True)
+    archive = save_npz(folder / "data.npz")
+    assert run("verify", "tiny_model:enlarges", "--data", archive, "--size", 16)[0] == 2
+    assert run("verify", "tiny_model:enlarges", "--data", archive, "--size", 16, "--no-labels")[0] == 0
+
+
+def test_notes_on_arrays(run, folder: Path) -> None:
+    def note(**arrays: np.ndarray) -> str:
+        _, _, err = run("verify", "tiny_model:build", "--data", save_npz(folder / "a.npz", **arrays), "--size", 12)
+        return next(line for line in err.splitlines() if " images" in line)
+
+    assert "12 images, 16x16: resized to 12x12 (--size), normalised with mean 0.485" in note()
+    images = np.zeros((12, 12, 12, 3), np.uint8)
+    assert "not resized, normalised with mean 0 0 1," in note(images=images, mean=np.array([0, 0, 1.0]))
+    assert "12x14: taken as they are" in note(images=np.zeros((12, 3, 12, 14), np.float32))
+
+
+def test_convert_does_not_end_with_nothing_to_convert(run) -> None:
+    for words in ((), ("--select", "1")):
+        _, out, _ = run("convert", "tiny_model:build", *words)
+        assert "No large depthwise convolution" not in out
+    assert "left out by select" in out
+
+
 @pytest.mark.parametrize("size", [(), ("--input-size", 48)])
 def test_verify_of_a_hugging_face_folder(run, folder: Path, size: tuple[object, ...]) -> None:
     save_hugging_face(folder / "hf")
@@ -409,7 +498,7 @@ def test_verify_of_a_hugging_face_folder(run, folder: Path, size: tuple[object, 
     report = json.loads(out)
     assert (code, report["ok"], report["images"]) == (0, True, 10)
     assert [output["name"] for output in report["outputs"]] == ["logits"]
-    assert "note" not in err
+    assert "random" not in err
 
 
 def test_data_of_a_hugging_face_folder_goes_through_its_processor(folder: Path, monkeypatch) -> None:
@@ -456,6 +545,37 @@ def test_trained_network_keeps_its_answers(run, folder: Path, shared: Path) -> N
     assert report["top1_original"]["count"] == report["top1_converted"]["count"] == right
 
 
+# ---- certificates ----
+
+
+def test_convert_certifies_and_check_checks(run, folder: Path) -> None:
+    code, out, _ = run("convert", "tiny_model:build", "-o", "converted", "--tile", 3, "--certificate", "--seed", 4)
+    assert code == 0
+    assert "certificate.json written" in out
+    code, out, _ = run("check", "converted", "--json")
+    assert (code, json.loads(out)["ok"]) == (0, True)
+    words = ("check", "converted", "--model", "tiny_model:build")
+    code, out, _ = run(*words, "--seed", 4)
+    assert code == 0
+    assert "the comparison, again" in out
+    code, out, _ = run(*words, "--seed", 5)
+    assert code == 1
+    assert "weights of the original model" in out
+    (folder / "converted" / "sw_config.json").write_text("{}")
+    assert run("check", "converted")[0] == 1
+    run("convert", "tiny_model:build", "-o", "converted")
+    assert not (folder / "converted" / "certificate.json").exists()  # of another conversion
+
+
+def test_verify_writes_a_certificate(run, folder: Path) -> None:
+    words = ("verify", "tiny_model:build", "--size", 16, "--certificate", "here.json")
+    assert run(*words)[0] == 0
+    values = json.loads((folder / "here.json").read_text())
+    assert (values["ok"], values["config"]["tile"], len(values["layers"])) == (True, None, 2)
+    assert run(*words, "--bound", 0, "--form", "shift")[0] == 1
+    assert json.loads((folder / "here.json").read_text())["ok"] is False
+
+
 # ---- bad input ----
 
 BAD = {
@@ -496,6 +616,20 @@ BAD = {
     "no data": (("verify", "tiny_model:build", "--data", "none"), "none"),
     "data of nonsense": (("verify", "tiny_model:build", "--data", "tiny_model.py"), "tiny_model.py"),
     "images of nonsense": (("verify", "tiny_model:build", "--data", "."), "no images"),
+    "weights as a model": (("inspect", "weights.pth"), "MODEL is a name of timm"),
+    "weights in a folder": (("inspect", "./weights.safetensors"), "--checkpoint ./weights.safetensors"),
+    "a graph as a model": (("verify", "model.onnx"), "exported graph"),
+    "a source file as a model": (("inspect", "tiny_model.py"), "tiny_model:build"),
+    "another file as a model": (("inspect", "notes.txt"), "MODEL is a name of timm"),
+    "certificate of nothing": (("convert", "tiny_model:build", "--certificate"), "--output"),
+    "check of no folder": (("check", "nowhere"), "no such folder"),
+    "check without a certificate": (("check", "."), "certificate.json: no such file"),
+    "classes without data": (("verify", "tiny_model:build", "--classes", "x"), "--data"),
+    "no labels without data": (("verify", "tiny_model:build", "--no-labels"), "--data"),
+    "size and no size": (("verify", "tiny_model:build", "--data", ".", "--no-resize", "--size", "8"), "--no-resize"),
+    "classes without labels": (("verify", "tiny_model:build", "--data", ".", "--no-labels", "--classes", "x"), "leave"),
+    "no classes": (("verify", "tiny_model:build", "--data", ".", "--classes", "none"), "none"),
+    "a class twice": (("verify", "tiny_model:build", "--data", ".", "--classes", "notes.txt"), "each of them once"),
     "count without data": (("verify", "tiny_model:build", "--max-images", "3"), "--data"),
 }
 
@@ -593,7 +727,9 @@ def test_interrupt_is_quiet(run) -> None:
     assert run("inspect", "tiny_model:interrupted") == (130, "", "this is no result\n")
 
 
-@pytest.mark.parametrize("words", [("--help",), ("inspect", "--help"), ("convert", "--help"), ("verify", "--help")])
+@pytest.mark.parametrize(
+    "words", [("--help",), ("inspect", "--help"), ("convert", "--help"), ("verify", "--help"), ("check", "--help")]
+)
 def test_help_has_examples(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
