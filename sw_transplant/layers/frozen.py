@@ -47,7 +47,8 @@ class Frozen:
                 "sw_transplant.unfreeze(model)"
             )
         given = conditions(x)
-        key = (x.shape[2], x.shape[3], given.device, given.autocast, layer.stride)
+        cast = None if given.autocast is None else (given.autocast, x.dtype)
+        key = (x.shape[2], x.shape[3], given.device, cast, layer.stride)
         kept = self._kept.get(key)
         if torch.compiler.is_compiling() or is_transformed() or (x.is_cuda and _is_capturing()):
             return make_plan(layer, x, given) if kept is None or given.transformed else kept.plan

@@ -71,6 +71,7 @@ class Plan:
         casts: maps of another dtype are cast: autocast is on.
         twice: which outputs are computed again in the backward pass.
         trained: the kernels get a gradient, so that the plan serves a single call.
+        beside: branches that pass the map on and see it before it is cast: autocast adds them in the wider dtype.
     """
 
     decision: Decision
@@ -82,18 +83,21 @@ class Plan:
     casts: bool
     twice: list[bool]
     trained: bool
+    beside: list[PlacedTiles]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The sum of all outputs for a map ``(B, C, H, W)``, each through its BatchNorm, laid out as the map is."""
         if self.turns:
             x = x.contiguous(memory_format=torch.channels_last)
-        layout = layout_of(x)
+        layout, uncast = layout_of(x), x
         if self.casts and x.dtype is not self.call.dtype:
             x = x.to(self.call.dtype)
         maps = FORMS[self.decision.form].execute(x, self.prepared, self.biases, self.call)
         for k, norm in enumerate(self.norms, start=len(maps) - len(self.norms)):
             maps[k] = self._normalised(k, norm, maps[k], x)
         y = maps[0] if len(maps) == 1 else reduce(add, maps)
+        for branch in self.beside:
+            y = y + (uncast if branch.bn is None else branch.bn(uncast))
         return y.contiguous(memory_format=layout)
 
     def shortened(self, like: Tensor) -> Callable[[Tensor], Tensor]:
@@ -226,7 +230,8 @@ def _key(x: Tensor) -> tuple[Any, ...]:
     shape, device = x.shape, x.device
     kind = device.type
     autocast = torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None
-    common = (shape[1:], x.stride(), shape[0] > FEW_IMAGES, device, autocast, torch.is_inference_mode_enabled())
+    cast = None if autocast is None else (autocast, x.dtype)
+    common = (shape[1:], x.stride(), shape[0] > FEW_IMAGES, device, cast, torch.is_inference_mode_enabled())
     if kind != "cuda":
         return common
     # On another stream the plan's tensors may not be ready yet.
@@ -239,7 +244,8 @@ class Outline:
 
     Attributes:
         decision, call, turns, casts, twice, trained: as in :class:`Plan`.
-        order: the branches, linear ones first.
+        order: the branches, linear ones first, without those of ``beside``.
+        beside: as in :class:`Plan`, their numbers.
         linear: how many of them are linear.
         origins: zeros (top, left) before the map, of each.
         dense: nothing but dense kernels is made of them.
@@ -253,6 +259,7 @@ class Outline:
     twice: list[bool]
     trained: bool
     order: list[int]
+    beside: list[int]
     linear: int
     origins: list[Size]
     dense: bool
@@ -288,8 +295,11 @@ def outline(layer: Layer, branches: Sequence[PlacedTiles], x: Tensor, given: Con
         given = given._replace(channels_last=True)
     casts = given.autocast is not None and dtype is not torch.float64  # which autocast leaves alone
     call = Call(size, out_size, layer.stride, given.autocast if casts else dtype)  # type: ignore[arg-type]
-    order = sorted(range(len(branches)), key=lambda i: not branches[i].folds)  # linear ones first
-    linear = sum(branch.folds for branch in branches)
+    wider = casts and x.dtype is not call.dtype and not all(branch.is_identity for branch in branches)
+    beside = [i for i, branch in enumerate(branches) if wider and branch.is_identity]
+    order = [i for i in range(len(branches)) if i not in beside]
+    order.sort(key=lambda i: not branches[i].folds)  # linear ones first
+    linear = sum(branches[i].folds for i in order)
     extents = [layer.extent_on(branches[i], size) for i in order]
     edges = [[extent] * len(branches[i].index) for extent, i in zip(extents, order, strict=True)]
     outputs = [reduce(add, edges[:linear])] if linear else []
@@ -307,6 +317,7 @@ def outline(layer: Layer, branches: Sequence[PlacedTiles], x: Tensor, given: Con
         computed_twice(recompute, [sum(extent.taps for extent in entry) for entry in kernels]),
         trained,
         order,
+        beside,
         linear,
         [extent.origin for extent in extents],
         layer.form != "shift",  # which "auto" never takes
@@ -316,7 +327,8 @@ def outline(layer: Layer, branches: Sequence[PlacedTiles], x: Tensor, given: Con
 
 def fill(given: Outline, branches: Sequence[PlacedTiles]) -> Plan:
     """The plan of an outline, from the parameters as they are now."""
-    branches, linear, call = [branches[i] for i in given.order], given.linear, given.call
+    beside, linear, call = [branches[i] for i in given.beside], given.linear, given.call
+    branches = [branches[i] for i in given.order]
     parts = [
         branch.placed(origin, fold=branch.folds, dense=given.dense)
         for branch, origin in zip(branches, given.origins, strict=True)
@@ -338,4 +350,5 @@ def fill(given: Outline, branches: Sequence[PlacedTiles]) -> Plan:
         given.casts,
         given.twice,
         given.trained,
+        beside,
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sw_transplant.layers.parameters import copy_model
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
@@ -62,6 +61,8 @@ def count_cost(model: nn.Module, size: int | tuple[int, int] = 224, *, channels:
             path = path.rpartition(".")[0].rpartition(".")[0]
         skipped[path] = 1 - _in_any(group)
     twin = _as_counted(model)
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes as long as all of this package
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(torch.zeros(1, channels, height, width, device="meta"))
     total = counter.get_total_flops() // 2  # torch counts a multiplication and an addition
