@@ -6,6 +6,8 @@ Read in this order:
     commands      what each command does
     science       the commands about the papers
     erf           effective receptive fields
+    cost          parameters, multiplications, memory
+    recipe        published trainings
     load_model    a model from what the user names: a timm name, a folder, a function
 """
 

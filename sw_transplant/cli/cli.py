@@ -1,4 +1,4 @@
-"""The command line: sw-transplant inspect | convert | verify | cache | ladder | erf."""
+"""The command line: sw-transplant inspect | convert | verify | cache | ladder | cost | erf | recipe."""
 
 from __future__ import annotations
 
