@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sw_transplant.layers.parameters import copy_model
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
@@ -51,6 +50,8 @@ def count_cost(model: nn.Module, size: int | tuple[int, int] = 224, *, channels:
     Returns:
         The counts.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # which takes long to import
+
     height, width = (size, size) if isinstance(size, int) else size
     idle, skipped = 0, {}
     for group in masked_layers(model, only_L=False):
