@@ -88,6 +88,8 @@ class SLaK(StagedNet):
             paper of 19, 17, 17 and 5; or ``"strips"`` and ``"square"``. None: what `Decom` says.
         global_pool: 'avg', 'max', 'avgmax', or '' without classifier.
         drop_rate: dropout in front of the classifier.
+        stage_norms: a LayerNorm for the features of each stage, ``norm0`` to ``norm3``, as in the published backbones
+            of detectors and segmenters; they act on features alone.
 
     Raises:
         ValueError: if a setting has the wrong number of entries or a kernel an even side.
@@ -108,6 +110,7 @@ class SLaK(StagedNet):
         arrangement: Arrangement | None = None,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        stage_norms: bool = False,
     ) -> None:
         require_stages("SLaK", depths=depths, dims=dims)
         if len(kernel_size) != len(dims) + 1:
@@ -133,6 +136,8 @@ class SLaK(StagedNet):
             self.stages.append(nn.Sequential(*blocks))
 
         self._finish(dims[-1], num_classes, global_pool, head_init_scale)
+        if stage_norms:
+            self.add_stage_norms(dims)
 
 
 default_cfgs = generate_default_cfgs(
