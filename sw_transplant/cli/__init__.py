@@ -6,6 +6,8 @@ Read in this order:
     commands      what each command does
     science       the commands about the papers
     erf           effective receptive fields
+    cost          parameters, multiplications, memory
+    recipe        published trainings
     certificates  the command check
     results       what a command gives back
     data          the images of --data, and what is said of them

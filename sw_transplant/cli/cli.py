@@ -1,4 +1,4 @@
-"""The command line: sw-transplant inspect | convert | verify | check | cache | ladder | erf."""
+"""The command line: inspect, convert, verify, check, cache, and ladder, cost, erf, recipe about the papers."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sw_transplant.check.images import SUFFIXES
 from sw_transplant.check.model_input import ModelInput, normalise
-from sw_transplant.cli.commands import Result
+from sw_transplant.cli.results import Result
 from sw_transplant.cli.load_model import InputError, load_model, one_line
 from sw_transplant.science.erf import (
     PUBLISHED_SIZE,
@@ -139,7 +139,9 @@ def _images(arguments: argparse.Namespace, model_input: ModelInput) -> Iterator[
         return
     with np.load(arguments.data, allow_pickle=False) as archive:
         pixels = archive["images"] if "images" in archive.files else np.zeros(0)
-        given = {key: tuple(map(float, archive[key])) for key in ("mean", "std") if key in archive.files}
+        given: dict[str, Any] = {
+            key: tuple(map(float, archive[key])) for key in ("mean", "std") if key in archive.files
+        }
     if pixels.dtype != np.uint8 or pixels.ndim != 4:
         raise ValueError(f"{arguments.data}: expected an array 'images' (N, H, W, 3) uint8")
     count = min(arguments.max_images, len(pixels))

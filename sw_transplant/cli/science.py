@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from sw_transplant.cli import erf
-from sw_transplant.cli.commands import Result
+from sw_transplant.cli import cost, erf, recipe
+from sw_transplant.cli.results import Result
 from sw_transplant.science.cost import count_cost
 from sw_transplant.science.ladder import LADDER, Step
 from sw_transplant.tables import render_table
@@ -37,14 +37,33 @@ def add_science_commands(commands: Any, add_output: Callable[[argparse.ArgumentP
     erf.add_options(parser)
     parser.set_defaults(command=erf.run_erf)
     add_output(parser)
+    parser = commands.add_parser(
+        "cost",
+        help="parameters, multiplications and training memory, also without what is out of use",
+        description=f"Counts parameters and multiplications as the papers do.\n\n{model_help}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    cost.add_options(parser)
+    parser.set_defaults(command=cost.run_cost)
+    add_output(parser)
+    parser = commands.add_parser(
+        "recipe",
+        help="how a published network was trained, as settings of timm",
+        description="Prints a published training as YAML for timm's train.py, with the commands that run it.",
+        allow_abbrev=False,
+    )
+    recipe.add_options(parser)
+    parser.set_defaults(command=recipe.run_recipe)
+    add_output(parser)
 
 
 def run_ladder(arguments: argparse.Namespace) -> Result:
     """The table of the paper's steps."""
     rows, values = [], []
     for step in LADDER.values():
-        cost = None if arguments.no_cost or not step.model else _cost(step)
-        numbers = ("", "") if cost is None else (f"{cost[0] / 1e6:.1f} M", f"{cost[1] / 1e9:.2f} G")
+        counts = None if arguments.no_cost or not step.model else _counts(step)
+        numbers = ("", "") if counts is None else (f"{counts[0] / 1e6:.1f} M", f"{counts[1] / 1e9:.2f} G")
         published = "" if step.published is None else f"{step.published[0]:g} M, {step.published[1]:g} G in use"
         rows.append(
             [
@@ -64,8 +83,8 @@ def run_ladder(arguments: argparse.Namespace) -> Result:
                 "what": step.what,
                 "model": step.model or None,
                 "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in step.settings.items()},
-                "parameters": None if cost is None else cost[0],
-                "multiplications": None if cost is None else cost[1],
+                "parameters": None if counts is None else counts[0],
+                "multiplications": None if counts is None else counts[1],
                 "sparsity": step.sparsity,
                 "accuracy_120": step.accuracy_120,
                 "accuracy_300": step.accuracy_300,
@@ -77,13 +96,13 @@ def run_ladder(arguments: argparse.Namespace) -> Result:
     return Result(table, {"steps": values})
 
 
-def _cost(step: Step) -> tuple[int, int]:
+def _counts(step: Step) -> tuple[int, int]:
     print(f"sw-transplant: counting {step.name}", file=sys.stderr)
     # Conversion looks at values, which are not there on the meta device.
     with torch.device("cpu" if step.converts else "meta"):
         model = step.build()
-    cost = count_cost(model)
-    return cost.parameters, cost.multiplications
+    found = count_cost(model)
+    return found.parameters, found.multiplications
 
 
 def _percent(accuracy: float | None) -> str:

@@ -72,8 +72,8 @@ def load_checkpoint(
 def _unwrap(content: Any, path: Path, prefer: Prefer) -> Mapping[str, Any]:
     """The weights inside what the file holds."""
     if prefer == "ema":
-        found = [content.get(name) for name in AVERAGES] if isinstance(content, Mapping) else []
-        for weights in found:
+        averages = [content.get(name) for name in AVERAGES] if isinstance(content, Mapping) else []
+        for weights in averages:
             if isinstance(weights, Mapping) and any(isinstance(entry, torch.Tensor) for entry in weights.values()):
                 return weights
         raise ValueError(f"{path}: holds no averaged weights under {AVERAGES}; expected them with prefer='ema'")

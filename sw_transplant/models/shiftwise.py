@@ -73,6 +73,8 @@ class ShiftWise(StagedNet):
         form: how the large kernels run, see :class:`sw_transplant.ShiftwiseConv2d`.
         global_pool: 'avg', 'max', 'avgmax', or '' without classifier.
         drop_rate: dropout in front of the classifier.
+        stage_norms: a LayerNorm for the features of each stage, ``norm0`` to ``norm3``, as in the published backbones
+            of detectors and segmenters; they act on features alone.
 
     Raises:
         ValueError: if a setting has the wrong number of entries or is out of range.
@@ -97,6 +99,7 @@ class ShiftWise(StagedNet):
         form: str = "auto",
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        stage_norms: bool = False,
     ) -> None:
         require_stages("ShiftWise", depths=depths, dims=dims)
         if len(kernel_size) != len(dims) + 1:
@@ -126,6 +129,8 @@ class ShiftWise(StagedNet):
             self.stages.append(nn.Sequential(*blocks))
 
         self._finish(dims[-1], num_classes, global_pool, head_init_scale)
+        if stage_norms:
+            self.add_stage_norms(dims)
 
 
 default_cfgs = generate_default_cfgs(

@@ -10,11 +10,11 @@ Read in this order:
     coverage       the same as the authors' program counts it, tile by tile
 """
 
-from sw_transplant.science.cost import Cost, count_cost
+from sw_transplant.science.cost import Cost, count_cost, training_bytes
 from sw_transplant.science.coverage import coverage, coverage_picture, published_utilisation
 from sw_transplant.science.erf import effective_receptive_field, high_contribution_ratio, high_contribution_square
 from sw_transplant.science.ladder import LADDER, Step, build
-from sw_transplant.science.recipes import DOWNSTREAM, RECIPES, Downstream, Pruning, Recipe, layer_group
+from sw_transplant.science.recipes import DOWNSTREAM, RECIPES, Downstream, Pruning, Recipe, layer_group, timm_settings
 from sw_transplant.science.utilisation import Utilisation, utilisation
 
 __all__ = [
@@ -36,5 +36,7 @@ __all__ = [
     "high_contribution_square",
     "layer_group",
     "published_utilisation",
+    "timm_settings",
+    "training_bytes",
     "utilisation",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sw_transplant.layers.parameters import copy_model
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
@@ -50,6 +50,8 @@ def count_cost(model: nn.Module, size: int | tuple[int, int] = 224, *, channels:
     Returns:
         The counts.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # which takes long to import
+
     height, width = (size, size) if isinstance(size, int) else size
     idle, skipped = 0, {}
     for group in masked_layers(model, only_L=False):
@@ -74,6 +76,35 @@ def count_cost(model: nn.Module, size: int | tuple[int, int] = 224, *, channels:
             saved += sum(flops.get(f"{prefix}.{path}" if path else prefix, {}).values()) / 2 * share
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Cost(parameters, total, parameters - idle, round(total - saved), (height, width))
+
+
+def training_bytes(model: nn.Module, size: int | tuple[int, int] = 224, *, channels: int = 3, batch: int = 2) -> int:
+    """What a forward pass in train mode keeps for the backward pass, in bytes for one image.
+
+    Tensors that share memory count once; weights and buffers do not count. It is what autograd saves in the model's own
+    dtype, without mixed precision, gradient checkpointing apart.
+
+    Args:
+        model: any network of images; a copy of it on the meta device runs once.
+        size: of the image, ``(H, W)`` or one number for both.
+        channels: of the image.
+        batch: images at once; BatchNorms want two on maps of one pixel.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    twin = copy_model(model).to("meta").train()
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = tensor  # held, so that no other tensor gets its place
+        return tensor
+
+    weights = {tensor.untyped_storage()._cdata for tensor in (*twin.parameters(), *twin.buffers())}
+    dtype = next(twin.parameters()).dtype
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        twin(torch.zeros(batch, channels, height, width, device="meta", dtype=dtype))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // batch
 
 
 def _density(layer: MaskedLayer) -> float:

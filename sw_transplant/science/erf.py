@@ -188,8 +188,9 @@ def _map(model: nn.Module, x: Tensor, map: Map | None) -> Any:
         stages = getattr(model, "stages", None)
         if isinstance(stages, nn.ModuleList | nn.Sequential) and len(stages):
             return _output_of(model, stages[-1], x, "stages")
-        if hasattr(model, "forward_features"):
-            return model.forward_features(x)
+        forward_features = getattr(model, "forward_features", None)
+        if callable(forward_features):
+            return forward_features(x)
         raise ValueError(
             f"effective_receptive_field: {type(model).__name__} has neither stages nor forward_features; name the "
             "module that gives the last map: map='layer4'"

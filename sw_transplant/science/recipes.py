@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,46 @@ RECIPES: dict[str, Recipe] = {
     for epochs in (120, 300)
 }
 """``slak_tiny_120``, ``slak_tiny_300``, ..., ``sw_small_300``. The two of a network differ in their epochs alone."""
+
+
+def timm_settings(recipe: Recipe, *, processes: int = 8, batch_size: int = 64) -> dict[str, Any]:
+    """A recipe in the words of timm's ``train.py``, whose ``--config`` reads them as YAML; pruning is not in them.
+
+    Args:
+        recipe: one of :data:`RECIPES`.
+        processes: of distributed training.
+        batch_size: images of one process at once; steps are accumulated up to the recipe's batch.
+    """
+    settings = {
+        "model": recipe.model,
+        "epochs": recipe.epochs,
+        "warmup_epochs": recipe.warmup_epochs,
+        "batch_size": batch_size,
+        "grad_accum_steps": max(1, recipe.batch_size // (processes * batch_size)),
+        "opt": "adamw",
+        "sched": "cosine",
+        "lr": recipe.lr,
+        "min_lr": recipe.min_lr,
+        "warmup_lr": 0.0,
+        "weight_decay": recipe.weight_decay,
+        "layer_decay": None if recipe.layer_decay == 1 else recipe.layer_decay,
+        "drop_path": recipe.drop_path,
+        "mixup": recipe.mixup,
+        "cutmix": recipe.cutmix,
+        "smoothing": recipe.smoothing,
+        "aa": recipe.auto_augment,
+        "color_jitter": recipe.color_jitter,
+        "reprob": recipe.erasing,
+        "remode": "pixel",
+        "train_interpolation": "bicubic",
+        "model_ema": recipe.ema_decay is not None or None,
+        "model_ema_decay": recipe.ema_decay,
+        "img_size": 224,
+        "cooldown_epochs": 0,
+        "sched_on_updates": True,
+    }
+    return {key: "true" if value is True else value for key, value in settings.items() if value is not None}
+
 
 _COCO = "COCO, Cascade Mask R-CNN"
 _SCALES = "shorter side 480 to 800, longer side at most 1333"

@@ -45,7 +45,8 @@ class MaskedLayer:
     @property
     def mask(self) -> Tensor | None:
         """bool, of the shape :attr:`units`; None where all are in use."""
-        return self.owner.mask if self.in_filters else getattr(self.owner, ELEMENT_MASK, None)
+        mask: Tensor | None = getattr(self.owner, "mask" if self.in_filters else ELEMENT_MASK, None)
+        return mask
 
     @property
     def mask_in_use(self) -> Tensor:
