@@ -93,6 +93,8 @@ class Match:
 
     def _check(self) -> None:
         """Raises ValueError for a field of another kind than it should be: a file may say anything."""
+        if not any(branch.weight for branch in self.branches):
+            raise ValueError(f"layer {self.path!r}: branches: none of {len(self.branches)} has a weight, expected one")
         parts: list[Match | SourceBranch] = [self, *self.branches]
         for part in parts:
             where = f"layer {self.path!r}" + (": branch" if part is not self else "")

@@ -47,6 +47,11 @@ class LayerDescription(NamedTuple):
             nonfinite = rest.pop("nonfinite", "anywhere")  # earlier folders do not say
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"layer {values!r:.80}: not the description of a converted layer ({error!r})") from error
+        if not all(isinstance(word, str) for word in (form, nonfinite, *masks)):
+            raise ValueError(
+                f"layer {values!r:.80}: form, nonfinite and masks: got {form!r:.80}, {nonfinite!r:.80}, "
+                f"{masks!r:.80}; expected words"
+            )
         return cls(
             Match.from_dict(rest), form, None if shared is None else SharedSpec.from_dict(shared), masks, nonfinite
         )
@@ -74,7 +79,10 @@ def rebuild(site: nn.Module, layer: LayerDescription, masked: Container[str] = (
     Raises:
         ValueError: the site is not made as the layer says.
     """
-    module = build(site, layer.match, form=layer.form)  # in either mode: it checks that the site is what was replaced
+    match = layer.match
+    if layer.shared is not None:  # laid out only to check that the site is what was replaced
+        match = replace(match, edges=1, branches=tuple(replace(branch, tile=1) for branch in match.branches))
+    module = build(site, match, form=layer.form)
     if layer.shared is not None:
         like = next(site.parameters())
         module = layer.shared.build(layer.match, form=layer.form, device=like.device, dtype=like.dtype).train(

@@ -17,6 +17,7 @@ from sw_transplant.surgery.convert import put
 from sw_transplant.surgery.copies import operand
 from sw_transplant.surgery.description import LayerDescription, describe, read_descriptions, rebuild
 from sw_transplant.surgery.hosts import hosts_of
+from sw_transplant.surgery.sizes import check_site, check_sizes
 
 CONFIG_NAME = "sw_config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -77,8 +78,11 @@ def load(base_model: nn.Module, folder: str | os.PathLike[str], *, inplace: bool
             "build one, or load the weights alone with load_state_dict"
         )
     layers, weights = _read(base_model, Path(folder))
+    check_sizes(layers, weights, Path(folder))
     target = operand(base_model, inplace=inplace)
     built = [(layer.match, rebuild(find_site(target, layer.match.path), layer, weights)) for layer in layers]
+    for match, _ in built:
+        check_site(find_site(target, match.path), match)
     _check(_state_after(target, built), weights, Path(folder))
     model = put(target, built)
     model.load_state_dict(weights, strict=True, assign=any(tensor.is_meta for tensor in model.state_dict().values()))
@@ -134,7 +138,7 @@ def _read_description(path: Path) -> tuple[list[LayerDescription], dict[str, str
     try:
         description = json.loads(path.read_text())
         version = description["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, or not written by save(model, folder) ({error})") from error
     if not isinstance(version, int) or version > CONFIG_VERSION:
         raise ValueError(
