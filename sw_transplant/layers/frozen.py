@@ -48,6 +48,7 @@ class Frozen:
             )
         given = conditions(x)
         key = (x.shape[2], x.shape[3], given.device, given.autocast, layer.stride)
+        key += ("deterministic",) if given.deterministic else ()
         kept = self._kept.get(key)
         if torch.compiler.is_compiling() or is_transformed() or (x.is_cuda and _is_capturing()):
             return make_plan(layer, x, given) if kept is None or given.transformed else kept.plan

@@ -48,6 +48,8 @@ class Layer(Protocol):
     @property
     def nonfinite(self) -> str: ...
     @property
+    def guarantee(self) -> tuple[str, ...]: ...
+    @property
     def kernel_size(self) -> Size: ...
     @property
     def padding(self) -> Size | Padding: ...
@@ -208,7 +210,8 @@ def _key(x: Tensor) -> tuple[Any, ...]:
     shape, device = x.shape, x.device
     kind = device.type
     autocast = torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None
-    common = (shape[1:], x.stride(), shape[0] > FEW_IMAGES, device, autocast, torch.is_inference_mode_enabled())
+    modes = (torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled())
+    common = (shape[1:], x.stride(), shape[0] > FEW_IMAGES, device, autocast, modes)
     if kind != "cuda":
         return common
     # On another stream the plan's tensors may not be ready yet.
@@ -255,7 +258,8 @@ def make_plan(layer: Layer, x: Tensor, given: Conditions) -> Plan:
     kernels = [[extent for extent, _ in join_extents([placed.extent for placed in entry])] for entry in outputs]
     trained = torch.is_grad_enabled() and any(placed.bank.requires_grad for entry in outputs for placed in entry)
     local = layer.nonfinite == "local"
-    decision = choose_form(layer.form, Job(channels, call, kernels, trained), given, local=local)
+    job = Job(channels, call, kernels, trained)
+    decision = choose_form(layer.form, job, given, local=local, guarantee=layer.guarantee)
     recompute = "none" if decision.form == "shift" else layer.recompute
     return Plan(
         decision,
