@@ -128,6 +128,9 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def _geometry(values: dict[str, Any]) -> BranchGeometry:
     padding = values["padding"]
+    numbers = [*values["kernel_size"], *values["dilation"], *([] if padding == "same" else padding)]
+    if any(type(number) is not int for number in numbers):  # 1.0 and True are equal to 1, and no sizes
+        raise TypeError(f"geometry {values!r:.80}, expected integers")
     return BranchGeometry(
         tuple(values["kernel_size"]), padding if padding == "same" else tuple(padding), tuple(values["dilation"])
     )

@@ -47,7 +47,7 @@ class Frozen:
                 "sw_transplant.unfreeze(model)"
             )
         given = conditions(x)
-        key = (x.shape[2], x.shape[3], given.device, given.autocast, layer.stride)
+        key: tuple[Any, ...] = (x.shape[2], x.shape[3], given.device, given.autocast, layer.stride)
         key += ("deterministic",) if given.deterministic else ()
         kept = self._kept.get(key)
         if torch.compiler.is_compiling() or is_transformed() or (x.is_cuda and _is_capturing()):
