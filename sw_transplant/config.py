@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 CONFIG_VERSION = 1
 """Version of the JSON form of :class:`SWConfig` and of ``sw_config.json``. Readers refuse a newer one."""
@@ -14,6 +16,10 @@ Form = Literal["auto", "shift", "assembled", "gemm", "toeplitz"]
 Nonfinite = Literal["anywhere", "local"]
 GhostBudget = Literal["layer", "global"]
 OrderRule = Literal["random", "opposite"]
+Guarantee = Literal["deterministic", "exact", "no_fallback"]
+PerLayer = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+PER_LAYER = ("form", "guarantee", "nonfinite")
+"""Fields that :attr:`SWConfig.layers` may set for layers of their own."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,14 @@ class SWConfig:
             False replaces the convolutions one by one.
         paths, ghost, seed: of mode ``"shiftwise"`` only: the paper's 2 parallel banks, its fraction 0.23 of channels
             that bypass the module, and the seed of everything that is drawn.
+        guarantee: what a layer has to keep to, one word or several. ``"exact"``: no coarser arithmetic than the
+            original convolution's. ``"deterministic"``: the same bits in every run on the same machine;
+            ``torch.use_deterministic_algorithms(True)`` asks for it as well. With both, ``"auto"`` chooses among the
+            forms that keep to it; a form that is asked for and does not is replaced by ``"assembled"``.
+            ``"no_fallback"``: a call raises where another form than the one that was asked for would run.
+            Assignable on a layer (``ShiftwiseConv2d.guarantee``); docs/design/forms.md says which form keeps what.
+        layers: other settings for some layers: glob patterns of layer paths, each with a mapping of ``form``,
+            ``nonfinite`` or ``guarantee``: ``{"stages.0.*": {"form": "shift"}}``. Of several patterns the last wins.
         ghost_budget: ``"layer"``: the fraction ``ghost`` of every layer. ``"global"``: as many on average, more where
             they are missed least; that takes calibration images (:func:`convert`).
         residual: of mode ``"shiftwise"``: whether the module adds its input to the sum of its branches. True as
@@ -69,6 +83,8 @@ class SWConfig:
     ghost_budget: GhostBudget = "layer"
     residual: bool | Literal["auto"] = "auto"
     orders: OrderRule = "random"
+    guarantee: tuple[Guarantee, ...] | Guarantee = ()
+    layers: PerLayer | Mapping[str, Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         for name in ("min_kernel", "tile", "edges", "paths", "seed"):  # NumPy's integers are integers, too
@@ -81,6 +97,8 @@ class SWConfig:
             raise ValueError(f"SWConfig.form: got {self.form!r}, expected one of {get_args(Form)}")
         if self.nonfinite not in get_args(Nonfinite):
             raise ValueError(f"SWConfig.nonfinite: got {self.nonfinite!r}, expected one of {get_args(Nonfinite)}")
+        object.__setattr__(self, "guarantee", read_guarantee(self.guarantee, "SWConfig.guarantee"))
+        object.__setattr__(self, "layers", _read_layers(self.layers))
         if self.ghost_budget not in get_args(GhostBudget):
             raise ValueError(
                 f"SWConfig.ghost_budget: got {self.ghost_budget!r}, expected one of {get_args(GhostBudget)}"
@@ -117,7 +135,25 @@ class SWConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
-        return asdict(self)
+        layers = {pattern: {name: _plain(value) for name, value in changes} for pattern, changes in self._per_layer}
+        return {**asdict(self), "guarantee": list(self.guarantee), "layers": layers}
+
+    def settings_for(self, path: str) -> dict[str, Any]:
+        """``form``, ``guarantee`` and ``nonfinite`` of the layer at a path."""
+        settings = {name: getattr(self, name) for name in PER_LAYER}
+        for pattern, changes in self._per_layer:
+            if matches_pattern(path, pattern):
+                settings.update(changes)
+        return settings
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of ``layers``."""
+        return tuple(pattern for pattern, _ in self._per_layer)
+
+    @property
+    def _per_layer(self) -> PerLayer:
+        return cast("PerLayer", self.layers)
 
     @classmethod
     def preset(cls, name: str) -> SWConfig:
@@ -145,6 +181,53 @@ class SWConfig:
         if unknown:
             raise ValueError(f"SWConfig: unknown fields {unknown}; was this written by a newer sw_transplant?")
         return cls(**values)
+
+
+def matches_pattern(path: str, pattern: str) -> bool:
+    """Whether a layer is meant by a pattern: it, or something above it."""
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
+
+
+def read_guarantee(value: Any, what: str) -> tuple[Guarantee, ...]:
+    """Guarantees as a tuple in the order of the alphabet.
+
+    Args:
+        value: a word, several, or None for none.
+        what: where it was given, for the message.
+
+    Raises:
+        ValueError: no guarantee has this name.
+    """
+    words = () if value is None else (value,) if isinstance(value, str) else value
+    try:
+        known = sorted(set(words))
+    except TypeError:
+        known = [None]
+    if any(word not in get_args(Guarantee) for word in known):
+        raise ValueError(f"{what}: got {value!r:.80}, expected some of {get_args(Guarantee)}")
+    return tuple(known)
+
+
+def _read_layers(value: Any) -> PerLayer:
+    """Patterns with their settings as tuples, which can be compared and hashed."""
+    expected = f"expected patterns of layer paths, each with a mapping of some of {PER_LAYER}"
+    try:
+        given = {pattern: dict(changes) for pattern, changes in dict(value).items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"SWConfig.layers: got {value!r:.80}, {expected}") from error
+    read = []
+    for pattern, changes in given.items():
+        if not isinstance(pattern, str) or not changes or not set(changes) <= set(PER_LAYER):
+            raise ValueError(f"SWConfig.layers: got {pattern!r:.80} with {changes!r:.80}, {expected}")
+        SWConfig(**changes)  # which refuses what no layer can have
+        if "guarantee" in changes:
+            changes["guarantee"] = read_guarantee(changes["guarantee"], "SWConfig.layers")
+        read.append((pattern, tuple(sorted(changes.items()))))
+    return tuple(read)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 _NAMED: dict[str, SWConfig] = {}

@@ -20,7 +20,7 @@ from sw_transplant.cli.commands import run_cache, run_convert, run_inspect, run_
 from sw_transplant.cli.load_model import InputError, one_line
 from sw_transplant.cli.results import Result
 from sw_transplant.cli.science import add_science_commands
-from sw_transplant.config import Form, SWConfig
+from sw_transplant.config import Form, Guarantee, SWConfig
 from sw_transplant.interrupts import Stopped, stopped_by_signals
 from sw_transplant.surgery.io import CONFIG_NAME, WEIGHTS_NAME
 
@@ -285,6 +285,12 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 
 def _add_form(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--form", choices=get_args(Form), help=f"how converted layers run ({SWConfig.form})")
+    parser.add_argument(
+        "--guarantee",
+        action="append",
+        choices=get_args(Guarantee),
+        help="what they have to keep to; can be repeated; default: nothing but the function",
+    )
 
 
 def _count(text: str) -> int:

@@ -141,7 +141,7 @@ def _load(arguments: argparse.Namespace) -> LoadedModel:
 
 
 def _config(arguments: argparse.Namespace) -> SWConfig:
-    given = {name: getattr(arguments, name, None) for name in ("min_kernel", "tile", "form")}
+    given = {name: getattr(arguments, name, None) for name in ("min_kernel", "tile", "form", "guarantee")}
     return SWConfig(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -183,7 +183,7 @@ def _check_output(folder: Path) -> None:
 
 def _check_verify(arguments: argparse.Namespace) -> None:
     if arguments.converted is not None:
-        for option in ("min_kernel", "tile", "form", "select"):
+        for option in ("min_kernel", "tile", "form", "guarantee", "select"):
             if getattr(arguments, option) is not None:
                 name = option.replace("_", "-")
                 raise InputError(f"--{name} does not go with --converted, which is converted already; leave one out")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sw_transplant.check.model_input import ModelInput
-from sw_transplant.cli.results import Result
 from sw_transplant.cli.load_model import InputError, load_model, one_line
+from sw_transplant.cli.results import Result
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.layers.zeros import mask_zeros
 from sw_transplant.science.cost import count_cost, training_bytes

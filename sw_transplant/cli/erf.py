@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sw_transplant.check.images import SUFFIXES
 from sw_transplant.check.model_input import ModelInput, normalise
-from sw_transplant.cli.results import Result
 from sw_transplant.cli.load_model import InputError, load_model, one_line
+from sw_transplant.cli.results import Result
 from sw_transplant.science.erf import (
     PUBLISHED_SIZE,
     SHARES,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from sw_transplant.cli.results import Result
 from sw_transplant.cli.load_model import InputError
+from sw_transplant.cli.results import Result
 from sw_transplant.science.recipes import DOWNSTREAM, RECIPES, Downstream, Recipe, timm_settings
 
 

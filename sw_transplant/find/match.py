@@ -93,6 +93,8 @@ class Match:
 
     def _check(self) -> None:
         """Raises ValueError for a field of another kind than it should be: a file may say anything."""
+        if not any(branch.weight for branch in self.branches):
+            raise ValueError(f"layer {self.path!r}: branches: none of {len(self.branches)} has a weight, expected one")
         parts: list[Match | SourceBranch] = [self, *self.branches]
         for part in parts:
             where = f"layer {self.path!r}" + (": branch" if part is not self else "")
@@ -126,6 +128,9 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def _geometry(values: dict[str, Any]) -> BranchGeometry:
     padding = values["padding"]
+    numbers = [*values["kernel_size"], *values["dilation"], *([] if padding == "same" else padding)]
+    if any(type(number) is not int for number in numbers):  # 1.0 and True are equal to 1, and no sizes
+        raise TypeError(f"geometry {values!r:.80}, expected integers")
     return BranchGeometry(
         tuple(values["kernel_size"]), padding if padding == "same" else tuple(padding), tuple(values["dilation"])
     )

@@ -23,6 +23,7 @@ Read in this order:
     placed                         what a form is given: placed tiles, and the call
     shift                          the paper's form
     assembled, toeplitz, gemm      those that run large kernels
+    guarantees                     what a form keeps to, and what not
     dispatch                       which form runs, and why
 """
 

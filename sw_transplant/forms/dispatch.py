@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sw_transplant.forms import FORMS, Call
+from sw_transplant.forms.guarantees import Arithmetic, breach, promises
 from sw_transplant.geometry import Extent
 from sw_transplant.ops.depthwise import is_channels_last
 from sw_transplant.ops.toeplitz_formats import takes_channels_last
@@ -53,6 +54,7 @@ class Conditions(NamedTuple):
         coarse_matmul: float32 convolutions are to be exact, while matrix products may use TF32.
         transformed: within torch.func, forward-mode differentiation or an export to ONNX, which do not see into
             operators of our own.
+        deterministic: PyTorch was asked to use deterministic algorithms.
     """
 
     device: torch.device
@@ -61,6 +63,7 @@ class Conditions(NamedTuple):
     autocast: torch.dtype | None
     coarse_matmul: bool
     transformed: bool = False
+    deterministic: bool = False
 
 
 class Job(NamedTuple):
@@ -100,7 +103,14 @@ def conditions(x: Tensor) -> Conditions:
         torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None,
         kind == "cuda" and matmul_is_coarser(),
         is_transformed() or is_for_onnx(),
+        is_deterministic(),
     )
+
+
+@constant_when_traced
+def is_deterministic() -> bool:
+    """Whether PyTorch was asked to use deterministic algorithms."""
+    return torch.are_deterministic_algorithms_enabled()
 
 
 @constant_when_traced
@@ -120,7 +130,9 @@ def check_nonfinite(nonfinite: str) -> None:
         raise ValueError(f"nonfinite: got {nonfinite!r}, expected 'anywhere' or 'local'")
 
 
-def choose_form(requested: str, job: Job, given: Conditions, *, local: bool = False) -> Decision:
+def choose_form(
+    requested: str, job: Job, given: Conditions, *, local: bool = False, guarantee: Sequence[str] = ()
+) -> Decision:
     """The form that runs a job.
 
     Args:
@@ -128,14 +140,48 @@ def choose_form(requested: str, job: Job, given: Conditions, *, local: bool = Fa
         job, given: the layer, its map, and the conditions.
         local: with "auto", only forms that keep NaN and infinity where the kernel reaches. That leaves "assembled":
             "shift" keeps them as well, and is slower wherever it was measured.
+        guarantee: what the form has to keep to, as in :class:`SWConfig`.
 
     Returns:
         The form asked for, with "auto" the one of the rule above; "assembled" where that one cannot run.
 
     Raises:
         ValueError: no form has this name.
+        NotImplementedError: the form that was asked for cannot run and ``"no_fallback"`` is guaranteed, or no form
+            keeps to a guarantee here.
     """
     check_form(requested)
+    decision, promised = _choose(requested, job, given, local), promises(guarantee, given.deterministic)
+    if promised and (broken := breach(decision.form, _arithmetic(job, given), promised)):
+        decision = _keeping(promised, Decision(decision.form, broken), requested, job, given, local)
+    if "no_fallback" in guarantee and requested not in ("auto", decision.form):
+        raise NotImplementedError(
+            f"ShiftwiseConv2d: form {requested!r} was asked for without fallback, and {decision.reason}; ask for "
+            f"another form (set_form), or leave the guarantee 'no_fallback' out"
+        )
+    return decision
+
+
+def _keeping(
+    promised: Sequence[str], broken: Decision, requested: str, job: Job, given: Conditions, local: bool
+) -> Decision:
+    """The form that keeps to what is promised where the first choice does not."""
+    computed = _arithmetic(job, given)
+    others = ["toeplitz", "assembled"] if requested == "auto" and not local else ["assembled"]
+    for form in others:
+        if form != broken.form and not _obstacle(form, job, given) and not breach(form, computed, promised):
+            return Decision(form, f"{broken.form} {broken.reason}")
+    left = breach("assembled", computed, promised) or broken.reason
+    raise NotImplementedError(
+        f"ShiftwiseConv2d: no form keeps to {', '.join(promised)} here: {broken.form} {broken.reason}; assembled {left}"
+    )
+
+
+def _arithmetic(job: Job, given: Conditions) -> Arithmetic:
+    return Arithmetic(job.call.dtype, given.device, given.coarse_matmul, given.deterministic)
+
+
+def _choose(requested: str, job: Job, given: Conditions, local: bool) -> Decision:
     if requested != "auto":
         obstacle = _obstacle(requested, job, given)
         if obstacle:

@@ -48,7 +48,8 @@ class Frozen:
             )
         given = conditions(x)
         cast = None if given.autocast is None else (given.autocast, x.dtype)
-        key = (x.shape[2], x.shape[3], given.device, cast, layer.stride)
+        key: tuple[Any, ...] = (x.shape[2], x.shape[3], given.device, cast, layer.stride)
+        key += ("deterministic",) if given.deterministic else ()
         kept = self._kept.get(key)
         if torch.compiler.is_compiling() or is_transformed() or (x.is_cuda and _is_capturing()):
             return make_plan(layer, x, given) if kept is None or given.transformed else kept.plan

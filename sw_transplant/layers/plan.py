@@ -49,6 +49,8 @@ class Layer(Protocol):
     @property
     def nonfinite(self) -> str: ...
     @property
+    def guarantee(self) -> tuple[str, ...]: ...
+    @property
     def kernel_size(self) -> Size: ...
     @property
     def padding(self) -> Size | Padding: ...
@@ -231,7 +233,8 @@ def _key(x: Tensor) -> tuple[Any, ...]:
     kind = device.type
     autocast = torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None
     cast = None if autocast is None else (autocast, x.dtype)
-    common = (shape[1:], x.stride(), shape[0] > FEW_IMAGES, device, cast, torch.is_inference_mode_enabled())
+    modes = (torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled())
+    common = (shape[1:], x.stride(), shape[0] > FEW_IMAGES, device, cast, modes)
     if kind != "cuda":
         return common
     # On another stream the plan's tensors may not be ready yet.
@@ -307,7 +310,7 @@ def outline(layer: Layer, branches: Sequence[PlacedTiles], x: Tensor, given: Con
     trained = torch.is_grad_enabled() and any(branch.trains_kernel for branch in branches)
     channels = (x.shape[1], branches[0].bank.shape[0])
     job, local = Job(channels, call, kernels, trained), layer.nonfinite == "local"
-    decision = choose_form(layer.form, job, given, local=local)
+    decision = choose_form(layer.form, job, given, local=local, guarantee=layer.guarantee)
     recompute = "none" if decision.form == "shift" else layer.recompute
     return Outline(
         decision,

@@ -9,6 +9,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from sw_transplant.config import read_guarantee
 from sw_transplant.forms.dispatch import Decision, check_form, check_nonfinite
 from sw_transplant.geometry import BranchGeometry, Size
 from sw_transplant.layers.as_conv2d import AsConv2d
@@ -95,6 +96,7 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
         self._planner = Planner()
         self.form = form
         self.nonfinite = "anywhere"
+        self.guarantee = ()
         self.match = match
 
     def _check_sizes(self) -> None:
@@ -128,6 +130,16 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
     def nonfinite(self, value: str) -> None:
         check_nonfinite(value)
         self._nonfinite = value
+        self.clear_cache()
+
+    @property
+    def guarantee(self) -> tuple[str, ...]:
+        """What the form that runs has to keep to, as in :class:`SWConfig`; a word or several may be assigned."""
+        return self._guarantee
+
+    @guarantee.setter
+    def guarantee(self, value: str | Sequence[str] | None) -> None:
+        self._guarantee: tuple[str, ...] = read_guarantee(value, "guarantee")
         self.clear_cache()
 
     @property

@@ -63,7 +63,6 @@ def count_cost(model: nn.Module, size: int | tuple[int, int] = 224, *, channels:
             path = path.rpartition(".")[0].rpartition(".")[0]
         skipped[path] = 1 - _in_any(group)
     twin = _as_counted(model)
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes as long as all of this package
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(torch.zeros(1, channels, height, width, device="meta"))

@@ -16,6 +16,7 @@ Read in this order:
     merge         back to plain convolutions, as few as do
     restore       back to the original modules
     description   what a converted model is made of, as JSON
+    sizes         whether a folder's weights and its description fit, before anything is built
     io            save and load
     hosts         libraries that write folders of their own
     names         how parameters are called in the original, and which are not to be decayed

@@ -60,14 +60,31 @@ class SharedSpec:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: fields are missing or unknown.
+            ValueError: fields are missing, unknown or of the wrong kind.
         """
         try:
-            agreement = values.get("agreement")
-            pair = None if agreement is None else (int(agreement[0]), int(agreement[1]))
-            return cls(**{**values, "ghosts": tuple(values["ghosts"]), "agreement": pair})
-        except (KeyError, TypeError) as error:
+            agreement, ghosts = values.get("agreement"), values["ghosts"]
+            pair = None if agreement is None else (agreement[0], agreement[1])
+            spec = cls(**{**values, "ghosts": tuple(ghosts), "agreement": pair})
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"{values!r:.80}: not the description of a shiftwise layer ({error})") from error
+        spec._check()
+        return spec
+
+    def _check(self) -> None:
+        """Raises ValueError for a field of another kind than it should be: a file may say anything."""
+        right = {
+            **{n: _is_integer(getattr(self, n), 1) for n in ("kernel_size", "tile", "edges", "paths")},
+            "ghosts": all(_is_integer(channel, 0) for channel in self.ghosts),
+            "residual": isinstance(self.residual, bool),
+            "seed": _is_integer(self.seed, 0) and self.seed < 2**32,
+            "energy_kept": type(self.energy_kept) in (int, float),
+            "response_error": self.response_error is None or type(self.response_error) in (int, float),
+            "agreement": self.agreement is None or all(_is_integer(count, 0) for count in self.agreement),
+        }
+        for name, is_right in right.items():
+            if not is_right:
+                raise ValueError(f"shiftwise layer: {name}: got {getattr(self, name)!r:.80}; is the file damaged?")
 
     def build(self, match: Match, *, form: str, device: torch.device, dtype: torch.dtype) -> SWConv2d:
         """The module, with random filters."""
@@ -89,6 +106,10 @@ class SharedSpec:
         )
         module.spec = self
         return module
+
+
+def _is_integer(value: object, least: int) -> bool:
+    return type(value) is int and value >= least
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sw_transplant.config import SWConfig
+from sw_transplant.config import SWConfig, matches_pattern
 from sw_transplant.find.candidate import build, check_parameters, find_site
 from sw_transplant.find.keep import keep_attributes
 from sw_transplant.find.match import Inspection, Match, NoLargeKernelError
@@ -81,11 +81,14 @@ def convert(
         raise NoLargeKernelError(_nothing_found(inspection, config))
     if not inspection.matches:
         _refuse_other_modules(model, config)
+    _check_patterns(inspection, config)
     hosts = hosts_of(model)
     for host in hosts:
         host.check(model)
     if calibration is not None or config.ghost_budget == "global":
         converted = _convert_calibrated(model, inspection, config, calibration, inplace)
+        for match in inspection.matches:
+            _set(find_site(converted, match.path), match, config)  # type: ignore[arg-type]
         for host in hosts:
             host.follow(converted)
         return converted
@@ -165,9 +168,21 @@ def _build_for(site: nn.Module, match: Match, config: SWConfig) -> ShiftwiseConv
     if config.mode == "shiftwise":
         layer = build_shared(layer, match, config)
         keep_attributes(layer, site, match)
-    layer.nonfinite = config.nonfinite
+    _set(layer, match, config)
     remember(layer, site, match)
     return layer
+
+
+def _set(layer: ShiftwiseConv2d, match: Match, config: SWConfig) -> None:
+    for name, value in config.settings_for(match.path).items():
+        setattr(layer, name, value)
+
+
+def _check_patterns(inspection: Inspection, config: SWConfig) -> None:
+    paths = [*(match.path for match in inspection.matches), *inspection.converted]
+    for pattern in config.patterns:
+        if not any(matches_pattern(path, pattern) for path in paths):
+            raise ValueError(f"SWConfig.layers: {pattern!r} names no layer that is converted; see inspect_model(model)")
 
 
 _WRAPPERS = {

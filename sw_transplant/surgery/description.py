@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sw_transplant.config import read_guarantee
 from sw_transplant.find.candidate import build
 from sw_transplant.find.keep import keep_attributes
 from sw_transplant.find.match import Match, join_path
@@ -26,13 +27,15 @@ class LayerDescription(NamedTuple):
     shared: SharedSpec | None
     masks: tuple[str, ...] = ()
     nonfinite: str = "anywhere"
+    guarantee: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The description, ready for JSON; of masks only where there are some."""
+        """The description, ready for JSON; of masks and guarantees only where there are some."""
         shared = None if self.shared is None else self.shared.to_dict()
         masks = {"masks": list(self.masks)} if self.masks else {}
         how = {"form": self.form, "nonfinite": self.nonfinite, "shared": shared}
-        return {**how, **masks, **self.match.to_dict()}
+        promised = {"guarantee": list(self.guarantee)} if self.guarantee else {}
+        return {**how, **promised, **masks, **self.match.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerDescription:
@@ -45,10 +48,21 @@ class LayerDescription(NamedTuple):
             rest = dict(values)
             form, shared, masks = rest.pop("form"), rest.pop("shared"), tuple(rest.pop("masks", ()))
             nonfinite = rest.pop("nonfinite", "anywhere")  # earlier folders do not say
+            guarantee = read_guarantee(rest.pop("guarantee", ()), "layer")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"layer {values!r:.80}: not the description of a converted layer ({error!r})") from error
+        if not all(isinstance(word, str) for word in (form, nonfinite, *masks)):
+            raise ValueError(
+                f"layer {values!r:.80}: form, nonfinite and masks: got {form!r:.80}, {nonfinite!r:.80}, "
+                f"{masks!r:.80}; expected words"
+            )
         return cls(
-            Match.from_dict(rest), form, None if shared is None else SharedSpec.from_dict(shared), masks, nonfinite
+            Match.from_dict(rest),
+            form,
+            None if shared is None else SharedSpec.from_dict(shared),
+            masks,
+            nonfinite,
+            guarantee,
         )
 
 
@@ -74,14 +88,17 @@ def rebuild(site: nn.Module, layer: LayerDescription, masked: Container[str] = (
     Raises:
         ValueError: the site is not made as the layer says.
     """
-    module = build(site, layer.match, form=layer.form)  # in either mode: it checks that the site is what was replaced
+    match = layer.match
+    if layer.shared is not None:  # laid out only to check that the site is what was replaced
+        match = replace(match, edges=1, branches=tuple(replace(branch, tile=1) for branch in match.branches))
+    module = build(site, match, form=layer.form)
     if layer.shared is not None:
         like = next(site.parameters())
         module = layer.shared.build(layer.match, form=layer.form, device=like.device, dtype=like.dtype).train(
             site.training
         )
         keep_attributes(module, site, layer.match)
-    module.nonfinite = layer.nonfinite
+    module.nonfinite, module.guarantee = layer.nonfinite, layer.guarantee
     remember(module, site, layer.match)
     for name, part in module.named_modules():
         if isinstance(part, MaskedTiles) and (
@@ -101,7 +118,7 @@ def _describe(path: str, module: ShiftwiseConv2d, model: nn.Module) -> LayerDesc
     match = replace(module.match, path=path, aliases=tuple(place for place in places if place != path))
     parts = module.named_modules()
     masks = tuple(name for name, part in parts if isinstance(part, MaskedTiles) and part.mask is not None)
-    return LayerDescription(match, module.form, module.spec, masks, module.nonfinite)
+    return LayerDescription(match, module.form, module.spec, masks, module.nonfinite, module.guarantee)
 
 
 def read_descriptions(values: Sequence[Any]) -> list[LayerDescription]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from sw_transplant.surgery.convert import put
 from sw_transplant.surgery.copies import operand
 from sw_transplant.surgery.description import LayerDescription, describe, read_descriptions, rebuild
 from sw_transplant.surgery.hosts import hosts_of
+from sw_transplant.surgery.sizes import check_site, check_sizes
 
 CONFIG_NAME = "sw_config.json"
 WEIGHTS_NAME = "model.safetensors"
+PARTIAL = ".partial"
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -35,7 +38,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the model has no Shiftwise layer, one that cannot be rebuilt from the original architecture
             (reparameterized, or built by hand), or state that is no tensor.
+        OSError: the folder cannot be written: a full disk, no permission, a file of its name.
+
+    Whatever stops it, an exception, a signal or the end of the process, the folder then holds what it held before, or
+    the whole new model: :func:`load` sees where it stopped. (What a library writes by itself, such as
+    ``save_pretrained``, is not of this kind.)
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     layers = [layer.to_dict() for layer in describe(model)]
@@ -45,13 +54,19 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     for host in hosts_of(model):
         if host.saves(model):
             host.save(model, target)
-            (target / CONFIG_NAME).unlink(missing_ok=True)  # of an earlier model in this folder
+            for name in (CONFIG_NAME, CONFIG_NAME + PARTIAL):  # of an earlier model in this folder
+                (target / name).unlink(missing_ok=True)
             return
     tensors, shared = _distinct(model)
-    target.mkdir(parents=True, exist_ok=True)
     description = {"version": CONFIG_VERSION, "layers": layers, "shared": shared}
-    _write(target / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _write(target / CONFIG_NAME, lambda path: path.write_text(json.dumps(description, indent=1) + "\n"))
+    text = json.dumps(description, indent=1) + "\n"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        _write_both(
+            target, lambda path: save_file(tensors, path, metadata={"format": "pt"}), lambda path: path.write_text(text)
+        )
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"save: {target}: cannot be written ({error}); what was there is as it was") from error
 
 
 def load(base_model: nn.Module, folder: str | os.PathLike[str], *, inplace: bool = False) -> nn.Module:
@@ -77,8 +92,11 @@ def load(base_model: nn.Module, folder: str | os.PathLike[str], *, inplace: bool
             "build one, or load the weights alone with load_state_dict"
         )
     layers, weights = _read(base_model, Path(folder))
+    check_sizes(layers, weights, Path(folder))
     target = operand(base_model, inplace=inplace)
     built = [(layer.match, rebuild(find_site(target, layer.match.path), layer, weights)) for layer in layers]
+    for match, _ in built:
+        check_site(find_site(target, match.path), match)
     _check(_state_after(target, built), weights, Path(folder))
     model = put(target, built)
     model.load_state_dict(weights, strict=True, assign=any(tensor.is_meta for tensor in model.state_dict().values()))
@@ -92,7 +110,7 @@ def _read(base_model: nn.Module, folder: Path) -> tuple[list[LayerDescription], 
     for host in hosts_of(base_model):
         if host.saves(base_model) and (found := host.read(base_model, folder)) is not None:
             return read_descriptions(found[0]), found[1]
-    layers, shared = _read_description(folder / CONFIG_NAME)
+    layers, shared = _read_description(_description_of(folder / CONFIG_NAME))
     weights = _read_weights(folder / WEIGHTS_NAME)
     for alias, name in shared.items():
         if name in weights:
@@ -121,11 +139,40 @@ def _is_view(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
-def _write(path: Path, write: Any) -> None:
-    """Writes beside the file and renames: an interrupted save does not leave half a file."""
-    temporary = path.with_name(path.name + ".partial")
-    write(temporary)
-    temporary.replace(path)
+def _write_both(folder: Path, weights: Callable[[Path], Any], description: Callable[[Path], Any]) -> None:
+    """Writes two files beside the old ones, then renames them.
+
+    The description is written last and renamed last, so that it is there, partial, without the partial weights only
+    between the two renames: :func:`_description_of` then knows that it belongs to the weights.
+    """
+    files = [folder / WEIGHTS_NAME, folder / CONFIG_NAME]
+    partial = [file.with_name(file.name + PARTIAL) for file in files]
+    _settle(*files)
+    try:
+        weights(partial[0])
+        description(partial[1])
+    except BaseException:
+        for file in reversed(partial):
+            file.unlink(missing_ok=True)
+        raise
+    for file, made in zip(files, partial, strict=True):
+        made.replace(file)
+
+
+def _settle(weights: Path, description: Path) -> None:
+    """Ends what an earlier save began: takes over a description that belongs to the weights, removes the rest."""
+    current = _description_of(description)
+    if current != description:
+        current.replace(description)
+    for file in (description, weights):  # in this order, or the description would seem to belong to the weights
+        file.with_name(file.name + PARTIAL).unlink(missing_ok=True)
+
+
+def _description_of(description: Path) -> Path:
+    """The file that describes the weights: the partial one where a save was stopped between its two renames."""
+    partial = description.with_name(description.name + PARTIAL)
+    stopped = partial.is_file() and not (description.parent / (WEIGHTS_NAME + PARTIAL)).is_file()
+    return partial if stopped else description
 
 
 def _read_description(path: Path) -> tuple[list[LayerDescription], dict[str, str]]:
@@ -134,7 +181,7 @@ def _read_description(path: Path) -> tuple[list[LayerDescription], dict[str, str
     try:
         description = json.loads(path.read_text())
         version = description["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, or not written by save(model, folder) ({error})") from error
     if not isinstance(version, int) or version > CONFIG_VERSION:
         raise ValueError(

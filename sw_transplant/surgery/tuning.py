@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sw_transplant.config import read_guarantee
 from sw_transplant.find.select import Select, selector
 from sw_transplant.forms import FORMS
 from sw_transplant.forms.dispatch import check_form
@@ -56,24 +57,31 @@ class TuneReport:
         return render_table("Milliseconds of a call", ["layer", "map", *FORMS, "chosen"], rows)
 
 
-def set_form(model: nn.Module, form: str, *, select: Select = None) -> list[str]:
+def set_form(
+    model: nn.Module, form: str, *, select: Select = None, guarantee: str | Sequence[str] | None = None
+) -> list[str]:
     """Sets the execution form of the Shiftwise layers of a model.
 
     Args:
         model: a converted model; its layers are changed in place. None of their values is.
         form: ``"auto"`` or one of :data:`forms.FORMS`.
         select: glob patterns of layer paths, or a function ``(path, module) -> bool``; None for all.
+        guarantee: what these layers have to keep to, as in :class:`SWConfig`: ``"exact"``, ``"deterministic"``,
+            ``"no_fallback"``, several of them, or ``()`` for none; None leaves it as it is.
 
     Returns:
         The paths of the layers that have this form now.
 
     Raises:
-        ValueError: no form has this name, or there is no such layer.
+        ValueError: no form or no guarantee has this name, or there is no such layer.
     """
     check_form(form)
+    promised = None if guarantee is None else read_guarantee(guarantee, "set_form: guarantee")
     chosen = _layers(model, select, "set_form")
     for layer in chosen.values():
         layer.form = form
+        if promised is not None:
+            layer.guarantee = promised
     return list(chosen)
 
 
