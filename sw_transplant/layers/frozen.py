@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sw_transplant.forms.dispatch import conditions
-from sw_transplant.layers.plan import Kept, Plan, make_plan
+from sw_transplant.layers.plan import Plan, make_plan
+from sw_transplant.layers.planner import Kept
 from sw_transplant.layers.watch import Watch
 from sw_transplant.ops.tracing import is_transformed
 

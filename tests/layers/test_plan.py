@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sw_transplant import ShiftwiseConv2d, convert
 from sw_transplant.cuda.answers import Passing, Remembered
-from sw_transplant.layers import plan
-from sw_transplant.layers.plan import Kept, Plan
+from sw_transplant.layers import plan, planner
+from sw_transplant.layers.plan import Plan
+from sw_transplant.layers.planner import Kept
 from sw_transplant.layers.sw_conv2d import SWConv2d
+from tests.small_models import Parallel, conv, conv_bn
 
 
 class Strips(nn.Module):
@@ -203,8 +205,8 @@ def training_step(module: nn.Module, x: Tensor) -> list[Tensor]:
 def outlines(monkeypatch) -> list[int]:
     """One entry for each outline that is made."""
     made: list[int] = []
-    outline = plan.outline
-    monkeypatch.setattr(plan, "outline", lambda *given: made.append(1) or outline(*given))
+    outline = planner.outline
+    monkeypatch.setattr(planner, "outline", lambda *given: made.append(1) or outline(*given))
     return made
 
 
@@ -278,3 +280,23 @@ def test_what_was_decided_by_a_passing_answer_is_decided_again(monkeypatch, outl
         for _ in range(5):
             module(x)
     assert (len(asked), len(outlines)) == (3, 3)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["as it is", "through a BatchNorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_autocast_leaves_the_map_that_is_passed_on_as_precise_as_it_is(
+    norm: bool, dtype: torch.dtype, training: bool
+) -> None:
+    """A stream of residuals that was rounded at every sum would be another network."""
+    torch.manual_seed(0)
+    branches = [conv_bn(size=9), nn.BatchNorm2d(4)] if norm else [conv(size=9), nn.Identity()]
+    model = Parallel(*branches).train(training)
+    converted = convert(model)
+    x = torch.randn(2, 4, 12, 12).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, got = model(x), converted(x)
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+    if dtype is torch.float32 and not norm:  # rounding the map itself would be off by 1e-2
+        assert (got - expected).abs().max() < 4e-3
