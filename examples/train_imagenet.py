@@ -18,11 +18,20 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import Mixup, create_dataset, create_loader
+from PIL import Image, ImageOps
+from timm.data import Mixup, auto_augment, create_dataset, create_loader
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from timm.utils import AverageMeter, ModelEmaV3, accuracy, distribute_bn, init_distributed_device, reduce_tensor
+from timm.utils import (
+    AverageMeter,
+    ModelEmaV3,
+    accuracy,
+    distribute_bn,
+    init_distributed_device,
+    random_seed,
+    reduce_tensor,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,7 +44,7 @@ from sw_transplant.sparsity import FilterSparsity, follow_masks, sparsity_report
 def main() -> int:
     arguments = parse()
     device = init_distributed_device(arguments)
-    torch.manual_seed(arguments.seed)
+    random_seed(arguments.seed, arguments.rank)
     recipe, model = build(arguments)
     train_loader, val_loader, mixup = load(recipe, arguments, device)
     accumulated = max(1, recipe.batch_size // (arguments.batch_size * arguments.world_size))
@@ -130,6 +139,7 @@ def build(arguments: argparse.Namespace) -> tuple[Recipe, nn.Module]:
 
 def load(recipe: Recipe, arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Mixup]:
     """Augmented training images, validation images, and what mixes a batch."""
+    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
     shape = (3, arguments.size, arguments.size)
     common = {
         "input_size": shape, "batch_size": arguments.batch_size, "num_workers": arguments.workers, "device": device,
@@ -145,6 +155,11 @@ def load(recipe: Recipe, arguments: argparse.Namespace, device: torch.device) ->
     classes = len(train_set.reader.class_to_idx)
     mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
     return train_loader, val_loader, mixup
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """RandAugment's strongest posterization keeps no bits: a black image, which newer versions of Pillow refuse."""
+    return ImageOps.posterize(image, bits) if bits else image.point(lambda _: 0)
 
 
 def prune(model: nn.Module, recipe: Recipe, arguments: argparse.Namespace, steps: int) -> FilterSparsity | None:

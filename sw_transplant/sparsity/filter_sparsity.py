@@ -338,7 +338,8 @@ class FilterSparsity:
         parts = [part for group in self._groups for part in ([group] if together else [[each] for each in group])]
         if self.dynamics == "published":
             masked = [part for part in parts if part[0] not in self._dense]
-            self._set(renewed_masks(masked, self.rate(self.steps), rng))
+            if masked:
+                self._set(renewed_masks(masked, self.rate(self.steps), rng))
             return
         masks: dict[MaskedLayer, Tensor] = {}
         for part in parts:
