@@ -1,10 +1,11 @@
-"""The command line: sw-transplant inspect | convert | verify | check | cache.
+"""The command line: sw-transplant inspect | convert | verify | check | report | cache.
 
 Read in this order:
 
     cli           the options of each command, and what the process prints and returns
     commands      what each command does
     certificates  the command check
+    pages         the command report
     results       what a command gives back
     data          the images of --data, and what is said of them
     load_model    a model from what the user names: a timm name, a folder, a function
