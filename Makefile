@@ -5,6 +5,8 @@ VENV ?= .venv
 PIP_FLAGS ?=
 # Processes that share the tests, each with one thread of PyTorch.
 JOBS ?= 2
+# What `make gpu` does: all, or some of facts correct sanitize kernels throughput training profile.
+STAGES ?=
 # More options for pytest, for instance PYTEST_FLAGS="-k toeplitz".
 PYTEST_FLAGS ?=
 
@@ -16,7 +18,7 @@ SOURCES := sw_transplant tests examples benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint pytest clean
+.PHONY: help demo test test-all lint pytest gpu clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,12 +39,17 @@ lint: $(VENV)/.test ## Check style, formatting and types
 pytest: $(VENV)/.test ## Test without lint and types
 	$(PYTEST)
 
+gpu: ## On a machine with a GPU: tests, sanitizer, benchmarks, profile; STAGES="facts correct" for some of it
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu: there is no NVIDIA GPU here (nvidia-smi -L finds none)." >&2; exit 2; }
+	@$(MAKE) --no-print-directory $(VENV)/.cuda
+	$(BIN)/python benchmarks/gpu_day.py $(STAGES)
+
 clean: ## Remove the environment, builds and caches
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # An empty file per extra says that it is installed; newer requirements install it again.
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+$(VENV)/.demo $(VENV)/.test $(VENV)/.cuda: $(VENV)/.%: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@echo "Installing sw-transplant[$*] into $(VENV); PyTorch is large, the first time takes some minutes ..."
 	$(INSTALL) -e '.[$*]'
 	@touch $@

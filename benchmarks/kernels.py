@@ -52,15 +52,20 @@ FORWARD, BACKWARD = "forward", "forward+backward"
 
 
 class Layer(NamedTuple):
-    """Depthwise kernels ``(height, width)`` on a map ``(batch, channels, side, side)``, padded to keep its size."""
+    """Depthwise kernels ``(height, width)`` on a map ``(batch, channels, side, side)``, padded to keep its size.
+
+    Of their weights, the share ``sparsity`` is zero.
+    """
 
     batch: int
     channels: int
     side: int
     kernels: tuple[tuple[int, int], ...]
+    sparsity: float = 0.0
 
     def __str__(self) -> str:
-        return " + ".join(f"{height}x{width}" for height, width in self.kernels)
+        zeros = f", {self.sparsity:.0%} zeros" if self.sparsity else ""
+        return " + ".join(f"{height}x{width}" for height, width in self.kernels) + zeros
 
 
 def _strips(long: int, short: int) -> tuple[tuple[int, int], ...]:
@@ -88,7 +93,8 @@ LAYERS = {
     "convnext.2": Layer(128, 384, 14, ((7, 7),)),
     "convnext.3": Layer(128, 768, 7, ((7, 7),)),
     **{f"figure4.strips.{side}": Layer(64, 384, side, _strips(51, 5)) for side in (16, 32, 64, 128)},
-    **{f"figure4.square.{side}": Layer(64, 384, side, ((31, 31),)) for side in (16, 32, 64, 128)},
+    **{f"figure4.square.{side}": Layer(64, 384, side, ((51, 51),)) for side in (16, 32, 64, 128)},
+    **{f"figure4.sparse.{side}": Layer(64, 384, side, ((51, 51),), 0.4) for side in (16, 32, 64, 128)},
 }
 
 
@@ -103,6 +109,8 @@ class DepthwiseSum(nn.Module):
         )
         for conv, (height, width) in zip(self.convs, layer.kernels, strict=True):
             nn.init.normal_(conv.weight, std=(height * width) ** -0.5)
+            with torch.no_grad():
+                conv.weight.mul_(torch.rand_like(conv.weight) >= layer.sparsity)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""

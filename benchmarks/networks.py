@@ -24,6 +24,7 @@ PUBLISHED = "shift"
 """The form of the paper's own operator."""
 REFERENCE = "assembled"
 """The form that is right by nothing but PyTorch's own convolutions."""
+TABLE7 = ".table7"
 COUNTERPART = {"sw_tiny": "unireplknet_t", "sw_small": "unireplknet_s"}
 """What the paper's Table 7 compares its networks with."""
 FOLDED = ("unireplknet", "replknet")
@@ -36,12 +37,14 @@ def build_network(name: str, size: int, *, deploy: bool) -> nn.Module:
     """A network of timm or of this package, random and the same at every call; in eval mode, on the CPU, in float32.
 
     Args:
-        name: what timm knows it by.
+        name: what timm knows it by; with ``.table7``, as the ShiftwiseConv paper timed it: tiles of 5, and one path.
         size: of the images that it will get.
         deploy: in the form that its authors run inference in.
     """
     torch.manual_seed(0)
-    network = settle(timm.create_model(name), size)
+    known, timed, _ = name.partition(TABLE7)
+    settings = {"kernel_size": (51, 49, 47, 13, 5), "N_path": 1} if timed else {}
+    network = settle(timm.create_model(known, **settings), size)
     return merge(convert(network), inplace=True) if deploy and name.startswith(FOLDED) else network
 
 

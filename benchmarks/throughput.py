@@ -51,7 +51,9 @@ MODELS = [
     "slak_tiny",
     "slak_small",
     "sw_tiny",
+    "sw_tiny.table7",
     "sw_small",
+    "sw_small.table7",
     "unireplknet_t",
     "unireplknet_s",
     "replknet_31b",
@@ -191,7 +193,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     """Run the command; returns the rows of the table."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options_parser = parser(__doc__, repeats=(30, 5), seconds=5)
-    options_parser.add_argument("--models", nargs="+", default=MODELS, help="names in timm")
+    options_parser.add_argument("--models", nargs="+", default=MODELS, help="names in timm, or sw_tiny.table7")
     options_parser.add_argument("--batch", nargs="+", type=positive, help="images; 128, 64, 32 on a GPU, 1 on a CPU")
     options_parser.add_argument("--size", type=positive, default=224, help="of the images (%(default)s)")
     cudnn_option(options_parser)

@@ -6,7 +6,7 @@ print(sw.verify(model, converted))
 """
 
 import sw_transplant.interrupts  # before the seconds that PyTorch takes to import
-import sw_transplant.science.presets  # noqa: F401  names the configurations of SWConfig.preset
+import sw_transplant.science.ladder  # noqa: F401  names the configurations of SWConfig.preset
 from sw_transplant.check.verify import verify
 from sw_transplant.config import SWConfig
 from sw_transplant.find.match import NoLargeKernelError

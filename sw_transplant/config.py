@@ -15,6 +15,7 @@ Mode = Literal["laid_out", "shiftwise"]
 Form = Literal["auto", "shift", "assembled", "gemm", "toeplitz"]
 Nonfinite = Literal["anywhere", "local"]
 GhostBudget = Literal["layer", "global"]
+OrderRule = Literal["random", "opposite"]
 Guarantee = Literal["deterministic", "exact", "no_fallback"]
 PerLayer = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 PER_LAYER = ("form", "guarantee", "nonfinite")
@@ -60,6 +61,10 @@ class SWConfig:
             ``nonfinite`` or ``guarantee``: ``{"stages.0.*": {"form": "shift"}}``. Of several patterns the last wins.
         ghost_budget: ``"layer"``: the fraction ``ghost`` of every layer. ``"global"``: as many on average, more where
             they are missed least; that takes calibration images (:func:`convert`).
+        residual: of mode ``"shiftwise"``: whether the module adds its input to the sum of its branches. True as
+            published, False not; ``"auto"`` what brings a layer closer to its original kernels.
+        orders: of mode ``"shiftwise"``: ``"random"``, or ``"opposite"`` as in the paper's first steps, which have one
+            edge: the tiles in order along rows, in reverse order along columns.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -76,6 +81,8 @@ class SWConfig:
     ghost: float = 0.23
     seed: int = 123
     ghost_budget: GhostBudget = "layer"
+    residual: bool | Literal["auto"] = "auto"
+    orders: OrderRule = "random"
     guarantee: tuple[Guarantee, ...] | Guarantee = ()
     layers: PerLayer | Mapping[str, Mapping[str, Any]] = ()
 
@@ -96,6 +103,10 @@ class SWConfig:
             raise ValueError(
                 f"SWConfig.ghost_budget: got {self.ghost_budget!r}, expected one of {get_args(GhostBudget)}"
             )
+        if not isinstance(self.residual, bool) and self.residual != "auto":
+            raise ValueError(f"SWConfig.residual: got {self.residual!r}, expected True, False or 'auto'")
+        if self.orders not in get_args(OrderRule):
+            raise ValueError(f"SWConfig.orders: got {self.orders!r}, expected one of {get_args(OrderRule)}")
         for name in ("min_kernel", "paths"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"SWConfig.{name}: got {getattr(self, name)!r}, expected an integer of at least 1")
@@ -110,6 +121,12 @@ class SWConfig:
                 raise ValueError(
                     f"SWConfig.{name}: got {getattr(self, name)!r}, expected None or an integer of at least 1"
                 )
+
+        if self.orders == "opposite" and self.edge_count != 1:
+            raise ValueError(
+                f"SWConfig.orders: got 'opposite' with {self.edge_count} edges, which would all be alike; "
+                "expected edges=1"
+            )
 
     @property
     def edge_count(self) -> int:
@@ -142,7 +159,7 @@ class SWConfig:
     def preset(cls, name: str) -> SWConfig:
         """A configuration that has a name: a step of the paper's evolution table, ``"sw#0"`` to ``"sw#27"``.
 
-        :data:`sw_transplant.science.presets.PRESETS` says what each is, and what it takes beside the configuration.
+        :data:`sw_transplant.science.ladder.LADDER` says what each is, and what it takes beside the configuration.
 
         Raises:
             ValueError: there is none of this name.

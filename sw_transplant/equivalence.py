@@ -8,6 +8,8 @@ docs/design/equivalence.md has the index formula and an example.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -155,6 +157,72 @@ def gather_kernel(bank: Tensor, index: Tensor, kernel_size: tuple[int, int]) -> 
         taps = flat[channel, index]  # indexing, not gather(): its CUDA backward sorts instead of adding atomically
     kernel = taps[:, 0] if taps.shape[1] == 1 else taps.sum(1)
     return kernel.reshape(-1, 1, *kernel_size)
+
+
+class Inverse(NamedTuple):
+    """Where in the kernel each tap of a bank goes.
+
+    Attributes:
+        places: int64 ``(T * n * n,)``; the entry kh * kw stands for "nowhere".
+        gaps: whether the kernel has taps that no tile fills, and whether tiles have taps that go nowhere.
+    """
+
+    places: Tensor
+    gaps: tuple[bool, bool]
+
+
+def inverse_index(index: Tensor, taps: int) -> Inverse | None:
+    """The inverse of an assembly index; None where a tap goes to several places, or several meet in one.
+
+    Args:
+        index: ``(G, Q, kh * kw)`` of :func:`assembly_index`, on the CPU.
+        taps: T * n * n of the bank.
+    """
+    if index.shape[:2] != (1, 1):
+        return None
+    sources, places = index[0, 0], index.shape[2]
+    used = sources < taps
+    inverse = torch.full((taps,), places, dtype=torch.int64, device=index.device)
+    inverse[sources[used]] = torch.arange(places, device=index.device)[used]
+    found, wanted = int((inverse < places).sum()), int(used.sum())
+    return Inverse(inverse, (wanted < places, found < taps)) if found == wanted else None
+
+
+def regather_kernel(bank: Tensor, index: Tensor, inverse: Inverse, kernel_size: tuple[int, int]) -> Tensor:
+    """What :func:`gather_kernel` gives, where there is an inverse: then the gradient is a gather, too, and as quick.
+
+    Args:
+        bank, index, kernel_size: as there.
+        inverse: of the index, on the bank's device.
+    """
+    shape = (bank.shape[0], 1, *kernel_size)
+    return _Regather.apply(bank, index[0, 0], inverse.places, inverse.gaps, shape)  # type: ignore[no-any-return]
+
+
+class _Regather(torch.autograd.Function):
+    """The taps of every channel at other places; the two indices are each other's inverse, and "none" reads a zero."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, taps: Tensor, index: Tensor, inverse: Tensor, gaps: tuple[bool, bool], shape: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        ctx.shape, ctx.gaps = taps.shape, gaps
+        return _read(taps, index, gaps[0], shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        index, inverse = ctx.saved_tensors
+        if grad.requires_grad:
+            given = _Regather.apply(grad, inverse, index, ctx.gaps[::-1], ctx.shape)
+        else:
+            given = _read(grad, inverse, ctx.gaps[1], ctx.shape)
+        return given, None, None, None, None
+
+
+def _read(taps: Tensor, index: Tensor, gaps: bool, shape: tuple[int, ...]) -> Tensor:
+    flat = F.pad(taps.flatten(1), (0, 1)) if gaps else taps.flatten(1)
+    return flat.index_select(1, index).view(shape)
 
 
 def assemble(bank: Tensor, placements: Tensor, kernel_size: tuple[int, int]) -> Tensor:

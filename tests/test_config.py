@@ -3,7 +3,7 @@ import json
 import pytest
 
 from sw_transplant import SWConfig
-from sw_transplant.science.presets import PRESETS
+from sw_transplant.science.ladder import LADDER
 
 
 def test_round_trip_through_json():
@@ -25,6 +25,8 @@ def test_round_trip_through_json():
         {"ghost": 1.0},
         {"ghost": -0.1},
         {"seed": -1},
+        {"residual": "no"},
+        {"orders": "sorted"},
     ],
 )
 def test_values_outside_their_range_are_refused(values):
@@ -42,9 +44,12 @@ def test_unknown_fields_are_refused():
 
 def test_presets_are_the_steps_of_the_paper():
     assert SWConfig.preset("sw#1") == SWConfig(mode="laid_out", tile=5, form="shift")
-    assert SWConfig.preset("sw#11") == SWConfig(mode="shiftwise", tile=3, edges=4, paths=2, ghost=0.0)
-    assert SWConfig.preset("sw#24").ghost == 0.23
-    assert {name: (step.accuracy_120, step.accuracy_300) for name, step in PRESETS.items() if step.accuracy_300} == {
+    paper = SWConfig(mode="shiftwise", tile=3, edges=4, paths=2, ghost=0.23, residual=True)
+    assert SWConfig.preset("sw#11") == SWConfig.preset("sw#24") == paper
+    assert SWConfig.preset("sw#3") == SWConfig(
+        mode="shiftwise", tile=5, edges=1, paths=1, ghost=0.0, residual=True, orders="opposite"
+    )
+    assert {name: (step.accuracy_120, step.accuracy_300) for name, step in LADDER.items() if step.accuracy_300} == {
         "sw#20": (82.27, 82.70),
         "sw#24": (82.27, 83.39),
         "sw#26": (None, 82.99),

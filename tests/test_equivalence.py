@@ -4,7 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sw_transplant.equivalence import assemble, assembly_index, choose_tile, gather_kernel, lay_out, support
+from sw_transplant.equivalence import (
+    assemble,
+    assembly_index,
+    choose_tile,
+    gather_kernel,
+    grid_placements,
+    inverse_index,
+    lay_out,
+    regather_kernel,
+    support,
+)
 
 SIZES = [(51, 5), (5, 51), (7, 7), (13, 13), (31, 31), (1, 11), (11, 1), (4, 6), (8, 8), (3, 3), (1, 1)]
 
@@ -97,3 +107,35 @@ def test_choose_tile():
 def test_shapes_that_do_not_fit_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("kernel", "tile"), [((8, 7), 3), ((9, 6), 3), ((5, 5), 5), ((1, 1), 4)])
+def test_a_gather_with_an_inverse_is_the_same_with_the_same_gradients(kernel: tuple[int, int], tile: int) -> None:
+    tiles = -(-kernel[0] // tile) * -(-kernel[1] // tile)
+    placements = grid_placements(kernel, tile)
+    index = assembly_index(placements, tiles, tile, kernel)
+    inverse = inverse_index(index, tiles * tile * tile)
+    assert inverse is not None
+    assert inverse.gaps == (False, kernel[0] % tile > 0 or kernel[1] % tile > 0)
+    bank = torch.randn(3, tiles, tile, tile, dtype=torch.float64, requires_grad=True)
+    got, expected = regather_kernel(bank, index, inverse, kernel), gather_kernel(bank, index, kernel)
+    assert torch.equal(got, expected)
+    grad = torch.randn_like(got)
+    assert torch.equal(*(torch.autograd.grad(kernel, bank, grad)[0] for kernel in (got, expected)))
+    assert torch.autograd.gradgradcheck(lambda b: regather_kernel(b, index, inverse, kernel).square(), bank)
+
+
+def test_no_inverse_where_taps_meet_or_go_twice() -> None:
+    twice = torch.tensor([[0, 0, 0], [0, 0, 2]], dtype=torch.int32)
+    assert inverse_index(assembly_index(twice, 1, 2, (2, 4)), 4) is None  # one tile in two places
+    meeting = torch.tensor([[0, 0, 0], [1, 0, 1]], dtype=torch.int32)
+    assert inverse_index(assembly_index(meeting, 2, 2, (2, 3)), 8) is None
+    gap = torch.tensor([[0, 0, 0], [-1, 0, 0]], dtype=torch.int32)
+    inverse = inverse_index(assembly_index(gap, 1, 2, (2, 3)), 4)
+    assert inverse is not None
+    assert inverse.gaps == (True, False)
+    bank = torch.randn(2, 1, 2, 2, requires_grad=True)
+    kernel = regather_kernel(bank, assembly_index(gap, 1, 2, (2, 3)), inverse, (2, 3))
+    assert torch.equal(kernel, F.pad(bank, (0, 1)))
+    kernel.sum().backward()
+    assert torch.equal(bank.grad, torch.ones_like(bank))

@@ -22,7 +22,7 @@ from sw_transplant import ShiftwiseConv2d, SWConfig, convert
 from sw_transplant.check.verify import BOUNDS
 from sw_transplant.forms import FORMS as EXECUTION_FORMS
 from sw_transplant.forms.dispatch import FEW_IMAGES
-from sw_transplant.layers.plan import Planner
+from sw_transplant.layers.planner import Planner
 from tests.runtime_models import (
     CHANNELS,
     FORMS,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sw_transplant import merge
-from sw_transplant.layers.plan import Planner
+from sw_transplant.layers.planner import Planner
 from tests.runtime_models import CHANNELS, FORMS, LAYERS, images, layer, network
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -4,6 +4,10 @@ Read in this order:
 
     cli           the options of each command, and what the process prints and returns
     commands      what each command does
+    science       the commands about the papers
+    erf           effective receptive fields
+    cost          parameters, multiplications, memory
+    recipe        published trainings
     certificates  the command check
     pages         the command report
     results       what a command gives back

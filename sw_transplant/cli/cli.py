@@ -1,4 +1,4 @@
-"""The command line: sw-transplant inspect | convert | verify | check | report | cache."""
+"""The command line: inspect, convert, verify, check, report, cache, and ladder, cost, erf, recipe about the papers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from sw_transplant.cli.commands import run_cache, run_convert, run_inspect, run_
 from sw_transplant.cli.load_model import InputError, one_line
 from sw_transplant.cli.pages import run_report
 from sw_transplant.cli.results import Result
+from sw_transplant.cli.science import add_science_commands
 from sw_transplant.config import Form, Guarantee, SWConfig
 from sw_transplant.interrupts import Stopped, stopped_by_signals
 from sw_transplant.surgery.io import CONFIG_NAME, WEIGHTS_NAME
@@ -147,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_report(commands)
     _add_cache(commands)
+    add_science_commands(commands, _add_output, MODEL_HELP)
     return parser
 
 

@@ -11,7 +11,13 @@ PASSING = ("out of memory", "out_of_memory", "capture", "capturing", "no space l
 
 
 class Passing(Exception):
-    """What is said now need not hold at the next call: it is not remembered."""
+    """What is said now need not hold at the next call: it is not remembered.
+
+    Attributes:
+        said: how often something was said that need not hold: who decides by answers compares it before and after.
+    """
+
+    said = 0
 
 
 def is_passing(error: BaseException) -> bool:
@@ -34,8 +40,13 @@ class Remembered:
             try:
                 self._answers[subject] = self._function(subject)
             except Passing as now:
+                Passing.said += 1
                 return str(now)
         return self._answers[subject]
+
+    def lasts(self, subject: Any) -> bool:
+        """Whether the answer is remembered."""
+        return subject in self._answers
 
     def cache_clear(self) -> None:
         """Forgets all answers."""

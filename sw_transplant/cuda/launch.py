@@ -22,7 +22,7 @@ from sw_transplant.cuda import driver, storage
 from sw_transplant.cuda.answers import Passing, Remembered, is_passing
 from sw_transplant.cuda.sources import Factory, Job, KernelSource
 
-__all__ = ["Factory", "KernelSource", "is_available", "launch", "left_out", "never_left_out"]
+__all__ = ["Factory", "KernelSource", "answer_lasts", "is_available", "launch", "left_out", "never_left_out"]
 
 STATIC_SHARED_LIMIT = 48 * 1024  # bytes of dynamic shared memory that a kernel may use without asking
 
@@ -30,6 +30,11 @@ STATIC_SHARED_LIMIT = 48 * 1024  # bytes of dynamic shared memory that a kernel 
 def is_available(device: int) -> bool:
     """Whether our kernels run on CUDA device number `device`; warns once, with the reason, where they do not."""
     return not _why_not(device)
+
+
+def answer_lasts(device: int) -> bool:
+    """Whether `is_available` will always say the same of a device; not so where memory was short, say."""
+    return _why_not.lasts(device)
 
 
 @Remembered

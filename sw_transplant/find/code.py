@@ -24,6 +24,7 @@ _TOUCHES = frozenset(
     {"data", "init", "out", "grad", "requires_grad", "is_leaf", "_version", "data_ptr", "Parameter", "functional_call"}
 )
 """Beside names that end in an underscore: what reads or writes more of a parameter than its values."""
+_WALKS = frozenset({"children", "named_children", "modules", "named_modules"})
 _ENTRIES = ("forward", "train", "eval", "__call__")
 """What others call without asking; the rest runs when it is mentioned."""
 _INDEXING = frozenset({"BINARY_SUBSCR", "BINARY_OP", "GET_ITER", "GET_LEN"})
@@ -55,6 +56,8 @@ def reached(site: nn.Module, holders: Sequence[nn.Module]) -> str | None:
         if touched and writing:
             what = f"the forward of {type(holder).__name__} uses {min(touched)} and {writing[0]}"
             return f"{what}: it may do more than read them"
+        if site._modules and (walks := sorted(_names_of_forward(type(holder)) & _WALKS)):  # type: ignore[arg-type]
+            return f"the forward of {type(holder).__name__} uses {walks[0]}: it may count or visit what it holds"
         asked = sorted(name for name in names & lost if not hasattr(holder, name))  # else it may mean its own
         if asked:
             return f"the forward of {type(holder).__name__} asks for {asked[0]}, which only this layer has"
@@ -134,6 +137,13 @@ def _wrapped_functions(kind: type[nn.Module], more: Sequence[Any]) -> Iterator[l
         used = frozenset().union(*map(_names_in, _nested(function.__code__)))
         waiting += [found for name in used for each in kind.__mro__ if (found := vars(each).get(name)) is not None]
         waiting += [function.__globals__[name] for name in used & function.__globals__.keys()]
+
+
+@functools.cache
+def _names_of_forward(kind: type[nn.Module]) -> frozenset[str]:
+    """The names in a forward itself, not in what it calls: what is common there would speak against all models."""
+    function = _plain(kind.forward)
+    return frozenset() if function is None else frozenset().union(*map(_names_in, _nested(function.__code__)))
 
 
 def _names_in(code: CodeType) -> frozenset[str]:

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from sw_transplant.equivalence import gather_kernel
+from sw_transplant.equivalence import gather_kernel, regather_kernel
 from sw_transplant.forms.placed import Biases, Call, DenseKernel, Outputs, Placed
 from sw_transplant.geometry import Extent, enclose
 from sw_transplant.ops.depthwise import DepthwiseConv2d
+from sw_transplant.ops.tracing import is_observed
 
 
 class Sum(NamedTuple):
@@ -45,7 +46,11 @@ def add_up(branches: Sequence[Placed], call: Call, *, residual: bool) -> Sum:
     first = next((branch for branch in branches if branch.identity), None) if residual else None
     kernels = join_kernels([dense_kernel(branch) for branch in branches if branch is not first])
     kernels = [_within_reach(kernel, call) for kernel in kernels]
-    return Sum([DenseKernel(k.weight.to(call.dtype), k.extent) for k in kernels], first is not None)
+    kernels = [
+        kernel if kernel.weight.dtype is call.dtype else DenseKernel(kernel.weight.to(call.dtype), kernel.extent)
+        for kernel in kernels
+    ]
+    return Sum(kernels, first is not None)
 
 
 def _within_reach(kernel: DenseKernel, call: Call) -> DenseKernel:
@@ -62,14 +67,21 @@ def _within_reach(kernel: DenseKernel, call: Call) -> DenseKernel:
         if first > last:
             weight, origin[axis], size[axis] = weight.narrow(2 + axis, 0, 1), furthest + 1, 1
             continue
+        if last + 1 - first == size[axis]:
+            continue
         weight = weight.narrow(2 + axis, first, last + 1 - first)
         origin[axis], size[axis] = before - step * first, last + 1 - first
+    if weight is kernel.weight:
+        return kernel
     return DenseKernel(weight, Extent((size[0], size[1]), (origin[0], origin[1]), kernel.extent.dilation))
 
 
 def dense_kernel(branch: Placed) -> DenseKernel:
     """The kernel that a placed branch makes; its scale is multiplied in float32 at least."""
-    weight = gather_kernel(branch.bank, branch.index, branch.extent.kernel_size)
+    if branch.inverse is None or is_observed():
+        weight = gather_kernel(branch.bank, branch.index, branch.extent.kernel_size)
+    else:
+        weight = regather_kernel(branch.bank, branch.index, branch.inverse, branch.extent.kernel_size)
     if branch.scale is not None:
         weight = (weight * branch.scale[:, None, None, None]).to(weight.dtype)
     return DenseKernel(weight, branch.extent)

@@ -16,8 +16,9 @@ from sw_transplant.forms import FORMS, Call
 from sw_transplant.forms.guarantees import Arithmetic, breach, promises
 from sw_transplant.geometry import Extent
 from sw_transplant.ops.depthwise import is_channels_last
+from sw_transplant.ops.toeplitz_formats import takes_channels_last
 from sw_transplant.ops.toeplitz_selftest import why_no_kernel
-from sw_transplant.ops.tracing import constant_when_traced, is_transformed
+from sw_transplant.ops.tracing import constant_when_traced, is_for_onnx, is_transformed
 
 MATRIX_LIMIT = 128 * 2**20
 """Bytes that the matrices of one layer may take in form "gemm"."""
@@ -29,6 +30,8 @@ FEW_IMAGES = 16
 """Images up to which a CPU gains by "gemm"."""
 WORTH_PRODUCTS = 2e6
 """Multiplications of one image's forward pass from which on a CPU gains by Toeplitz products in training."""
+CONTIGUOUS_COPIES = ", on contiguous copies of channels_last maps"
+"""What the reason of a decision ends with where copies are made."""
 AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,7 +52,8 @@ class Conditions(NamedTuple):
         channels_last: whether the map is laid out so.
         autocast: what autocast computes in here; None while it is off.
         coarse_matmul: float32 convolutions are to be exact, while matrix products may use TF32.
-        transformed: within torch.func or forward-mode differentiation, which do not see into operators of our own.
+        transformed: within torch.func, forward-mode differentiation or an export to ONNX, which do not see into
+            operators of our own.
         deterministic: PyTorch was asked to use deterministic algorithms.
     """
 
@@ -98,7 +102,7 @@ def conditions(x: Tensor) -> Conditions:
         is_channels_last(x),
         torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None,
         kind == "cuda" and matmul_is_coarser(),
-        is_transformed(),
+        is_transformed() or is_for_onnx(),
         is_deterministic(),
     )
 
@@ -180,7 +184,9 @@ def _arithmetic(job: Job, given: Conditions) -> Arithmetic:
 def _choose(requested: str, job: Job, given: Conditions, local: bool) -> Decision:
     if requested != "auto":
         obstacle = _obstacle(requested, job, given)
-        return Decision("assembled", f"{requested} {obstacle}") if obstacle else Decision(requested, "asked for")
+        if obstacle:
+            return Decision("assembled", f"{requested} {obstacle}")
+        return Decision(requested, "asked for" + _copies(requested, job, given))
     if local:
         return Decision("assembled", "keeps NaN and infinity local")
     if given.device.type == "cuda":
@@ -194,7 +200,7 @@ def _obstacle(form: str, job: Job, given: Conditions) -> str:
     """Why a form cannot run a job; empty if it can."""
     call = job.call
     if given.transformed and form in ("shift", "toeplitz"):
-        return "is an operator that torch.func and forward-mode differentiation do not see into"
+        return "is an operator that torch.func, forward-mode differentiation and ONNX do not see into"
     if form == "gemm":
         needed = len(job.kernels) * job.channels[1] * _positions(call.in_size) * _positions(call.out_size)
         needed *= job.call.dtype.itemsize
@@ -222,14 +228,29 @@ def _on_gpu(job: Job, given: Conditions) -> Decision:
     too_large = _obstacle("gemm", job, given)
     coarse = given.coarse_matmul and job.call.dtype is torch.float32
     if area <= SMALL_MAP and not too_large and not coarse:
-        return Decision("gemm", "small map")
+        return Decision("gemm", "small map" + _copies("gemm", job, given))
     obstacle = _obstacle("toeplitz", job, given)
     if obstacle:
         return Decision("assembled", f"toeplitz {obstacle}")
     longest = max(max(kernel.kernel_size) for kernels in job.kernels for kernel in kernels)
     if given.channels_last and job.call.dtype is not torch.float32 and longest <= 7:
         return Decision("assembled", "cuDNN is fast for small kernels in 16 bits and channels_last")
-    return Decision("toeplitz", "tensor cores")
+    return Decision("toeplitz", "tensor cores" + _copies("toeplitz", job, given))
+
+
+def _copies(form: str, job: Job, given: Conditions) -> str:
+    """What a decision on a GPU says of a channels_last map that a form is given a contiguous copy of; else nothing."""
+    if given.device.type != "cuda" or not given.channels_last:
+        return ""
+    if form == "toeplitz":
+        call, device = job.call, given.device.index
+        for kernels in job.kernels:
+            sizes = tuple(side for kernel in kernels for side in kernel.kernel_size)
+            origins = tuple(side for kernel in kernels for side in kernel.origin)
+            if not takes_channels_last(call.dtype, device, job.channels[0], call.in_size, sizes, origins):
+                return CONTIGUOUS_COPIES
+        return ""
+    return CONTIGUOUS_COPIES if form == "gemm" else ""
 
 
 def _on_cpu(job: Job, given: Conditions) -> Decision:

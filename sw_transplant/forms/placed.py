@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sw_transplant.equivalence import Inverse
 from sw_transplant.geometry import Extent, Size
 
 
@@ -29,7 +30,7 @@ class Placed:
     """One linear branch: a bank, where its tiles go, and where the kernel they make lies over the map.
 
     Attributes:
-        bank: ``(C_out, T, n, n)``; taps outside the kernel are zero.
+        bank: ``(C_out, T, n, n)``; taps outside the kernel are zero, unless only dense kernels are made of it.
         placements: ``(G, P, 3)`` int32, rows ``(tile, dy, dx)`` in taps from the kernel's first one.
         index: the assembly index of these placements (:func:`equivalence.assembly_index`).
         extent: taps, padding before the map, dilation.
@@ -37,6 +38,7 @@ class Placed:
             the same bank (the same tensor object) keep it apart from the bank, so that its responses serve them all.
         live: which tiles are in use, where others can be left out; None for all.
         identity: the branch passes the map on as it is.
+        inverse: where each tap of a channel goes (:func:`equivalence.inverse_index`); None where that is not one place.
     """
 
     bank: Tensor
@@ -46,6 +48,7 @@ class Placed:
     scale: Tensor | None = None
     live: LiveTiles | None = None
     identity: bool = False
+    inverse: Inverse | None = None
 
     @property
     def live_bank(self) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sw_transplant.equivalence import assembly_index, grid_placements, lay_out, support
+from sw_transplant.equivalence import Inverse, assembly_index, grid_placements, inverse_index, lay_out, support
 from sw_transplant.forms import Placed
 from sw_transplant.geometry import BranchGeometry, Size
 from sw_transplant.layers.folding import batch_norm_affine
@@ -76,7 +76,11 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         index = edge_indices(rows, edges, tiles, tile, self.geometry.kernel_size)
         inside = support(rows, tiles, tile, self.geometry.kernel_size)
         filled = None if bool(inside.all()) else inside
-        self._tables = Tables({"placements": rows, "index": index, "support": filled}).only_on(self.bank.device)
+        inverse = inverse_index(index[0], tiles * tile * tile) if edges == 1 else None
+        self._gaps = (True, True) if inverse is None else inverse.gaps
+        there = None if inverse is None else inverse.places
+        tables = {"placements": rows, "index": index, "support": filled, "inverse": there}
+        self._tables = Tables(tables).only_on(self.bank.device)
 
     def _table(self, name: str) -> Tensor | None:
         return self._tables.on(self.bank.device)[name]
@@ -249,14 +253,18 @@ class Branch(PlacedTiles, MaskedTiles, nn.Module):
         """Whether the branch passes the map on as it is (its bank is no parameter)."""
         return "bank" in self._buffers  # a Parameter may be away: torch.func and parametrizations put tensors there
 
-    def placed(self, origin: Size, *, fold: bool) -> list[Placed]:
+    def placed(self, origin: Size, *, fold: bool, dense: bool = False) -> list[Placed]:
         """The branch as tensors; ``fold`` multiplies the BatchNorm's scale into the tiles, in float32 at least."""
-        bank = self.masked(self.bank if self.support is None else torch.where(self.support, self.bank, 0))
+        tables = self._tables.on(self.bank.device)
+        filled = None if dense else tables["support"]
+        bank = self.masked(self.bank if filled is None else torch.where(filled, self.bank, 0))
         scaled = fold and self.bn is not None
         if scaled:
             scale, _ = batch_norm_affine(self.bn)  # type: ignore[arg-type]
             bank = (bank.to(scale.dtype) * scale[:, None, None, None]).to(bank.dtype)
-        return self._place(bank, origin, None, self.live_tiles(), scaled=scaled)
+        there = tables["inverse"]
+        inverse = None if there is None else Inverse(there, self._gaps)
+        return self._place(bank, origin, None, self.live_tiles(), scaled=scaled, inverse=inverse)
 
     def extra_repr(self) -> str:
         channels, tiles, n, _ = self.bank.shape

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sw_transplant.forms.dispatch import conditions
-from sw_transplant.layers.plan import Kept, Plan, make_plan
+from sw_transplant.layers.plan import Plan, make_plan
+from sw_transplant.layers.planner import Kept
 from sw_transplant.layers.watch import Watch
 from sw_transplant.ops.tracing import is_transformed
 
@@ -47,7 +48,8 @@ class Frozen:
                 "sw_transplant.unfreeze(model)"
             )
         given = conditions(x)
-        key: tuple[Any, ...] = (x.shape[2], x.shape[3], given.device, given.autocast, layer.stride)
+        cast = None if given.autocast is None else (given.autocast, x.dtype)
+        key: tuple[Any, ...] = (x.shape[2], x.shape[3], given.device, cast, layer.stride)
         key += ("deterministic",) if given.deterministic else ()
         kept = self._kept.get(key)
         if torch.compiler.is_compiling() or is_transformed() or (x.is_cuda and _is_capturing()):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sw_transplant.config import OrderRule
 from sw_transplant.layers.branch import edge_indices
 from sw_transplant.layers.orders import BRANCHES, active_channels, branch_tables, check_order, draw_orders
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
@@ -31,6 +32,7 @@ class OrderBuffers(ShiftwiseConv2d):
     tile: int
     edges: int
     seed: int
+    order_rule: OrderRule
     gain: Any
     _ghost: float | Sequence[int]
 
@@ -74,7 +76,9 @@ class OrderBuffers(ShiftwiseConv2d):
     def draw(self) -> dict[str, Tensor]:
         """Orders and active channels, as they follow from the seed; on the CPU."""
         active = active_channels(self.in_channels, self._ghost, self.seed)
-        return {**draw_orders(len(active), self.tiles, self.edges, self.seed)._asdict(), "active": active}
+        opposite = self.order_rule == "opposite"
+        orders = draw_orders(len(active), self.tiles, self.edges, self.seed, opposite=opposite)
+        return {**orders._asdict(), "active": active}
 
     def _follow(self, drawn: dict[str, Tensor]) -> None:
         """Derives from orders and active channels what the forms read."""

@@ -22,6 +22,28 @@ PUBLISHED_SEED = 123
 """Seed of the published networks, the same in every module."""
 
 
+def ghost_channels(channels: int, ghost: float, seed: int = PUBLISHED_SEED, *, even: bool = True) -> list[int]:
+    """The channels that bypass the module, drawn from the seed.
+
+    Args:
+        channels: C.
+        ghost: the fraction that bypasses, 0 to below 1; 0 for none.
+        seed: of NumPy's legacy generator, which the published networks use.
+        even: the rule of the final networks: ``int(C * (1 - ghost))`` channels stay active, less one where that is odd.
+            False: that of the first ones, in SLaK's frame: ``int(C * ghost)`` channels bypass.
+
+    Returns:
+        Ascending.
+    """
+    if not 0 <= ghost < 1:
+        raise ValueError(f"ghost {ghost}, expected a fraction from 0 to below 1, or a list of channels")
+    count = channels - int(channels * (1 - ghost)) // 2 * 2 if even else int(channels * ghost)
+    if not ghost:
+        return []
+    drawn = np.random.RandomState(seed).choice(channels, count, replace=False)
+    return sorted(int(channel) for channel in drawn)
+
+
 def active_channels(channels: int, ghost: float | Sequence[int], seed: int = PUBLISHED_SEED) -> Tensor:
     """The channels that do not bypass the module.
 
@@ -38,11 +60,7 @@ def active_channels(channels: int, ghost: float | Sequence[int], seed: int = PUB
         ValueError: no channel is left, or a channel that does not exist.
     """
     if isinstance(ghost, float | int):
-        if not 0 <= ghost < 1:
-            raise ValueError(f"ghost {ghost}, expected a fraction from 0 to below 1, or a list of channels")
-        active = int(channels * (1 - ghost)) // 2 * 2 if ghost else channels
-        drawn = np.random.RandomState(seed).choice(channels, channels - active, replace=False)
-        bypass = {int(channel) for channel in drawn}
+        bypass = set(ghost_channels(channels, ghost, seed))
     else:
         bypass = set(ghost)
         if not bypass <= set(range(channels)):
@@ -61,7 +79,7 @@ class Orders(NamedTuple):
     identity: Tensor
 
 
-def draw_orders(channels: int, tiles: int, edges: int, seed: int = PUBLISHED_SEED) -> Orders:
+def draw_orders(channels: int, tiles: int, edges: int, seed: int = PUBLISHED_SEED, *, opposite: bool = False) -> Orders:
     """The orders that the published module draws after ``torch.manual_seed(seed)``; the global generator is left alone.
 
     In this sequence: for each edge and channel a permutation of the tiles (horizontal), the same again (vertical), then
@@ -71,21 +89,27 @@ def draw_orders(channels: int, tiles: int, edges: int, seed: int = PUBLISHED_SEE
         channels: number of active channels.
         tiles, edges: T and E.
         seed: any 64-bit integer.
+        opposite: nothing is drawn for the strips: tile t is at place t along rows, at T - 1 - t along columns.
 
     Returns:
         On the CPU; new tensors at each call.
     """
-    horizontal, vertical, identity = _draw(channels, tiles, edges, seed)
+    horizontal, vertical, identity = _draw(channels, tiles, edges, seed, opposite)
     return Orders(horizontal.clone(), vertical.clone(), identity.clone())
 
 
 @lru_cache(maxsize=8)
-def _draw(channels: int, tiles: int, edges: int, seed: int) -> Orders:
+def _draw(channels: int, tiles: int, edges: int, seed: int, opposite: bool) -> Orders:
     """Drawing takes a while, and the modules of one stage draw the same."""
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(seed)
         strips = []
-        for _ in ("horizontal", "vertical"):
+        for branch in ("horizontal", "vertical"):
+            if opposite:
+                places = torch.arange(tiles, dtype=torch.int32)
+                places = places if branch == "horizontal" else places.flip(0)
+                strips.append(places.expand(edges, channels, tiles).clone())
+                continue
             drawn = [torch.randperm(tiles, generator=generator) for _ in range(edges * channels)]
             strips.append(torch.stack(drawn).argsort(dim=1).view(edges, channels, tiles).to(torch.int32))
         taken = [torch.randint(0, tiles, [channels], generator=generator) for _ in range(edges)]

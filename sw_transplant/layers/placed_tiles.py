@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sw_transplant.equivalence import Inverse
 from sw_transplant.forms import LiveTiles, Placed
 from sw_transplant.geometry import BranchGeometry, Extent, Size
 from sw_transplant.layers.folding import batch_norm_affine
@@ -51,21 +52,42 @@ class PlacedTiles:
         """Whether the branch is linear as it stands: no BatchNorm, or one that uses its running statistics."""
         return self.bn is None or (not self.bn.training and getattr(self.bn, "running_mean", None) is not None)
 
-    def placed(self, origin: Size, *, fold: bool) -> list[Placed]:
-        """The branch as tensors, to be added up; ``fold`` multiplies the BatchNorm's scale in, in float32 at least."""
+    def placed(self, origin: Size, *, fold: bool, dense: bool = False) -> list[Placed]:
+        """The branch as tensors, to be added up.
+
+        ``fold`` multiplies the BatchNorm's scale in, in float32 at least; ``dense`` promises that nothing but dense
+        kernels is made of it, which do not read what tiles hold beyond the kernel.
+        """
         raise NotImplementedError
 
     def _place(
-        self, bank: Tensor, origin: Size, scale: Tensor | None, live: LiveTiles | None, *, scaled: bool
+        self,
+        bank: Tensor,
+        origin: Size,
+        scale: Tensor | None,
+        live: LiveTiles | None,
+        *,
+        scaled: bool,
+        inverse: Inverse | None = None,
     ) -> list[Placed]:
         """One entry, or with a gain one for each edge; all hold the same bank. ``scaled``: a BatchNorm is folded in."""
         extent = Extent(self.geometry.kernel_size, origin, self.geometry.dilation)
-        gains = [None] if self.gain is None else [gain.reshape(-1) for gain in self.gain]
+        if self.gain is None:
+            identity = self.is_identity and not scaled
+            return [Placed(bank, self.rows, self.index[0], extent, scale, live, identity, inverse)]
+        gains = [gain.reshape(-1) for gain in self.gain]
         rows = self.rows.chunk(len(gains), dim=1)
         return [
             Placed(bank, table, index, extent, _product(scale, gain), live, self.is_identity and not scaled)
             for table, index, gain in zip(rows, self.index, gains, strict=True)
         ]
+
+    @property
+    def trains_kernel(self) -> bool:
+        """Whether the kernel gets a gradient as it runs: of the bank, of a gain, or of a BatchNorm that is folded."""
+        if self.bank.requires_grad or (self.gain is not None and self.gain.requires_grad):
+            return True
+        return self.bn is not None and self.folds and _requires_grad(self.bn.weight)
 
     @property
     def trained(self) -> tuple[bool, bool]:

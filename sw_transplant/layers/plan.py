@@ -1,4 +1,4 @@
-"""What a call of a layer does: its plan, who makes it, and how long it is kept (docs/design/caching.md).
+"""What a call of a layer does: its plan (docs/design/caching.md).
 
 A plan is made of the layer's parameters for maps of one size: the form that was chosen, the tensors that it multiplies
 with, and what is added. Making one takes longer than a small convolution; hence eval keeps it while nothing changes.
@@ -7,7 +7,6 @@ with, and what is added. Making one takes longer than a small convolution; hence
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -19,22 +18,16 @@ from torch import Tensor, nn
 from sw_transplant.forms import FORMS, Biases, Call
 from sw_transplant.forms.assembled import join_extents, shorten
 from sw_transplant.forms.dispatch import (
-    AUTOCAST,
-    FEW_IMAGES,
     Conditions,
     Decision,
     Job,
     choose_form,
-    conditions,
-    matmul_is_coarser,
 )
 from sw_transplant.geometry import Extent, Padding, Size
 from sw_transplant.layers.folding import total
 from sw_transplant.layers.placed_tiles import PlacedTiles
 from sw_transplant.layers.recompute import Recompute, computed_twice, normalise
-from sw_transplant.layers.watch import Watch
-from sw_transplant.ops.depthwise import is_channels_last, layout_of, runs_as_it_is
-from sw_transplant.ops.tracing import is_transformed
+from sw_transplant.ops.depthwise import is_channels_last, layout_of
 
 
 class Layer(Protocol):
@@ -58,7 +51,7 @@ class Layer(Protocol):
     def out_size(self, size: Size) -> Size: ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Plan:
     """What runs on maps of one size.
 
@@ -71,6 +64,8 @@ class Plan:
         turns: maps are turned to channels_last first: the layer is laid out so.
         casts: maps of another dtype are cast: autocast is on.
         twice: which outputs are computed again in the backward pass.
+        trained: the kernels get a gradient, so that the plan serves a single call.
+        beside: branches that pass the map on and see it before it is cast: autocast adds them in the wider dtype.
     """
 
     decision: Decision
@@ -81,18 +76,22 @@ class Plan:
     turns: bool
     casts: bool
     twice: list[bool]
+    trained: bool
+    beside: list[PlacedTiles]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The sum of all outputs for a map ``(B, C, H, W)``, each through its BatchNorm, laid out as the map is."""
         if self.turns:
             x = x.contiguous(memory_format=torch.channels_last)
-        layout = layout_of(x)
+        layout, uncast = layout_of(x), x
         if self.casts and x.dtype is not self.call.dtype:
             x = x.to(self.call.dtype)
         maps = FORMS[self.decision.form].execute(x, self.prepared, self.biases, self.call)
         for k, norm in enumerate(self.norms, start=len(maps) - len(self.norms)):
             maps[k] = self._normalised(k, norm, maps[k], x)
         y = maps[0] if len(maps) == 1 else reduce(add, maps)
+        for branch in self.beside:
+            y = y + (uncast if branch.bn is None else branch.bn(uncast))
         return y.contiguous(memory_format=layout)
 
     def shortened(self, like: Tensor) -> Callable[[Tensor], Tensor]:
@@ -125,97 +124,32 @@ class Plan:
         )
 
 
-class Planner:
-    """Gives a layer the plan of each call, and keeps the last one where it may serve again.
+@dataclass(frozen=True)
+class Outline:
+    """What of a plan does not depend on values of parameters: a training step makes its tensors anew, and no more.
 
     Attributes:
-        decision: of the last call that was not compiled, captured or transformed; None before it.
+        decision, call, turns, casts, twice, trained: as in :class:`Plan`.
+        order: the branches, linear ones first, without those of ``beside``.
+        beside: as in :class:`Plan`, their numbers.
+        linear: how many of them are linear.
+        origins: zeros (top, left) before the map, of each.
+        dense: nothing but dense kernels is made of them.
+        multiplied: each channel goes to several, so that no branch passes the map on as it is.
     """
 
-    def __init__(self) -> None:
-        self.decision: Decision | None = None
-        self._kept: Kept | None = None
-
-    def __call__(self, layer: Layer, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """What the layer does with a map ``(B, C, H, W)``.
-
-        Raises:
-            ValueError: the map is too small for the kernels.
-        """
-        if torch.compiler.is_compiling():
-            return self._anew(layer, x)
-        if is_transformed():
-            return self._apart(layer, x)
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return self._anew(layer, x)
-        return self._kept_or_anew(layer, x)
-
-    def forget(self) -> None:
-        """Drops the plan that is kept."""
-        self._kept = None
-
-    @staticmethod
-    def _anew(layer: Layer, x: Tensor) -> Plan:
-        """Compiled or captured: the plan's tensors are made in the graph, from the weights of the time when it runs."""
-        return make_plan(layer, x, conditions(x))
-
-    def _apart(self, layer: Layer, x: Tensor) -> Plan:
-        """Under torch.func: tensors that stand for others must not stay behind in a plan, nor be read from one."""
-        self.forget()
-        return self._anew(layer, x)
-
-    def _kept_or_anew(self, layer: Layer, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """Eager: the plan that is kept, where nothing that went into it has changed."""
-        kept, key = self._kept, (layer.stride, *_key(x))
-        if kept is not None and kept.key == key and kept.unchanged():
-            return kept.serve(x)
-        self.forget()
-        plan = self._anew(layer, x)
-        self.decision = plan.decision
-        if not plan.norms:
-            with suppress(RuntimeError):  # tensors whose changes nobody counts: no plan is kept
-                watch = Watch(layer)  # type: ignore[arg-type]
-                if not (torch.is_grad_enabled() and watch.wants_gradients()):
-                    self._kept = Kept(key, plan, watch)
-        return plan
-
-    def __reduce__(self) -> tuple[Callable[[], Planner], tuple[()]]:
-        return Planner, ()  # copies and pickles start anew
-
-
-class Kept:
-    """A plan that served a call, for the calls after it."""
-
-    def __init__(self, key: tuple[Any, ...], plan: Plan, watch: Watch | None) -> None:
-        """watch: on the layer; None where nobody counts its changes."""
-        self.key, self.plan, self._watch = key, plan, watch
-        self._short: tuple[torch.Size, torch.dtype, Callable[[Tensor], Tensor]] | None = None
-
-    def unchanged(self) -> bool:
-        """Whether the layer is still what the plan was made of."""
-        return self._watch is None or self._watch.unchanged()
-
-    def serve(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """The plan; for maps just like those of the call before, the shortest way through it."""
-        if type(x) is not Tensor or not runs_as_it_is(x):
-            return self.plan
-        short = self._short
-        if short is None or short[0] != x.shape or short[1] is not x.dtype:
-            self._short = short = (x.shape, x.dtype, self.plan.shortened(x))
-        return short[2]
-
-
-def _key(x: Tensor) -> tuple[Any, ...]:
-    """What a plan depends on beside the layer: asked before every call, so only what is quick to ask."""
-    shape, device = x.shape, x.device
-    kind = device.type
-    autocast = torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None
-    modes = (torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled())
-    common = (shape[1:], x.stride(), shape[0] > FEW_IMAGES, device, autocast, modes)
-    if kind != "cuda":
-        return common
-    # On another stream the plan's tensors may not be ready yet.
-    return (*common, matmul_is_coarser(), torch.cuda.current_stream(device).cuda_stream)
+    decision: Decision
+    call: Call
+    turns: bool
+    casts: bool
+    twice: list[bool]
+    trained: bool
+    order: list[int]
+    beside: list[int]
+    linear: int
+    origins: list[Size]
+    dense: bool
+    multiplied: bool
 
 
 def make_plan(layer: Layer, x: Tensor, given: Conditions) -> Plan:
@@ -229,6 +163,12 @@ def make_plan(layer: Layer, x: Tensor, given: Conditions) -> Plan:
     Raises:
         ValueError: the map is too small for the kernels.
     """
+    branches = layer.parts()
+    return fill(outline(layer, branches, x, given), branches)
+
+
+def outline(layer: Layer, branches: Sequence[PlacedTiles], x: Tensor, given: Conditions) -> Outline:
+    """The outline of the plan for a map; arguments as of :func:`make_plan`, and the parts of the layer."""
     size = (x.shape[2], x.shape[3])
     out_size = layer.out_size(size)
     if min(out_size) < 1:
@@ -236,38 +176,65 @@ def make_plan(layer: Layer, x: Tensor, given: Conditions) -> Plan:
             f"ShiftwiseConv2d: map {size[0]}x{size[1]} with padding {layer.padding} is smaller than the kernel "
             f"{layer.kernel_size}; expected a map that gives at least one output"
         )
-    branches = layer.parts()
     dtype, turns = branches[0].bank.dtype, is_channels_last(branches[0].bank)
     if turns:
         given = given._replace(channels_last=True)
     casts = given.autocast is not None and dtype is not torch.float64  # which autocast leaves alone
     call = Call(size, out_size, layer.stride, given.autocast if casts else dtype)  # type: ignore[arg-type]
-    branches = sorted(branches, key=lambda branch: not branch.folds)  # linear ones first
-    linear = [branch for branch in branches if branch.folds]
-    normalised = branches[len(linear) :]
-    parts = [branch.placed(layer.extent_on(branch, size).origin, fold=branch.folds) for branch in branches]
-    channels = (x.shape[1], parts[0][0].bank.shape[0])
-    if channels[0] != channels[1]:  # each channel goes to several: not the map as it is
-        parts = [[replace(placed, identity=False) for placed in part] for part in parts]
-    outputs = [reduce(add, parts[: len(linear)])] if linear else []
-    outputs += parts[len(linear) :]
-    biases: list[Tensor | None] = [branch.bias for branch in normalised]
-    if linear:
-        biases.insert(0, total([branch.folded_bias() for branch in linear], dtype))
-
-    kernels = [[extent for extent, _ in join_extents([placed.extent for placed in entry])] for entry in outputs]
-    trained = torch.is_grad_enabled() and any(placed.bank.requires_grad for entry in outputs for placed in entry)
-    local = layer.nonfinite == "local"
-    job = Job(channels, call, kernels, trained)
+    wider = casts and x.dtype is not call.dtype and not all(branch.is_identity for branch in branches)
+    beside = [i for i, branch in enumerate(branches) if wider and branch.is_identity]
+    order = [i for i in range(len(branches)) if i not in beside]
+    order.sort(key=lambda i: not branches[i].folds)  # linear ones first
+    linear = sum(branches[i].folds for i in order)
+    extents = [layer.extent_on(branches[i], size) for i in order]
+    edges = [[extent] * len(branches[i].index) for extent, i in zip(extents, order, strict=True)]
+    outputs = [reduce(add, edges[:linear])] if linear else []
+    kernels = [[extent for extent, _ in join_extents(entry)] for entry in outputs + edges[linear:]]
+    trained = torch.is_grad_enabled() and any(branch.trains_kernel for branch in branches)
+    channels = (x.shape[1], branches[0].bank.shape[0])
+    job, local = Job(channels, call, kernels, trained), layer.nonfinite == "local"
     decision = choose_form(layer.form, job, given, local=local, guarantee=layer.guarantee)
     recompute = "none" if decision.form == "shift" else layer.recompute
-    return Plan(
+    return Outline(
         decision,
-        FORMS[decision.form].prepare(outputs, call),
-        [None if bias is None else bias.to(call.dtype) for bias in biases],
-        [branch.bn for branch in normalised],  # type: ignore[misc]
         call,
         turns,
         casts,
-        computed_twice(recompute, [sum(extent.taps for extent in extents) for extents in kernels]),
+        computed_twice(recompute, [sum(extent.taps for extent in entry) for entry in kernels]),
+        trained,
+        order,
+        beside,
+        linear,
+        [extent.origin for extent in extents],
+        layer.form != "shift",  # which "auto" never takes
+        channels[0] != channels[1],
+    )
+
+
+def fill(given: Outline, branches: Sequence[PlacedTiles]) -> Plan:
+    """The plan of an outline, from the parameters as they are now."""
+    beside, linear, call = [branches[i] for i in given.beside], given.linear, given.call
+    branches = [branches[i] for i in given.order]
+    parts = [
+        branch.placed(origin, fold=branch.folds, dense=given.dense)
+        for branch, origin in zip(branches, given.origins, strict=True)
+    ]
+    if given.multiplied:
+        parts = [[replace(placed, identity=False) for placed in part] for part in parts]
+    outputs = [reduce(add, parts[:linear])] if linear else []
+    outputs += parts[linear:]
+    biases: list[Tensor | None] = [branch.bias for branch in branches[linear:]]
+    if linear:
+        biases.insert(0, total([branch.folded_bias() for branch in branches[:linear]], branches[0].bank.dtype))
+    return Plan(
+        given.decision,
+        FORMS[given.decision.form].prepare(outputs, call),
+        [None if bias is None else bias.to(call.dtype) for bias in biases],
+        [branch.bn for branch in branches[linear:]],  # type: ignore[misc]
+        call,
+        given.turns,
+        given.casts,
+        given.twice,
+        given.trained,
+        beside,
     )

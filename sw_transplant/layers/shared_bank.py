@@ -91,7 +91,7 @@ class BranchView(PlacedTiles):
     def is_identity(self) -> bool:
         return self._is_identity
 
-    def placed(self, origin: Size, *, fold: bool) -> list[Placed]:
+    def placed(self, origin: Size, *, fold: bool, dense: bool = False) -> list[Placed]:
         """The branch as tensors; the BatchNorm's scale stays beside the bank, which other branches place too."""
         scale = batch_norm_affine(self.bn)[0] if fold and self.bn is not None else None
         return self._place(self.bank, origin, scale, self._live, scaled=scale is not None)

@@ -16,7 +16,7 @@ from sw_transplant.layers.as_conv2d import AsConv2d
 from sw_transplant.layers.branch import Branch
 from sw_transplant.layers.frozen import Frozen, without_buffers
 from sw_transplant.layers.parameters import take_attributes
-from sw_transplant.layers.plan import Planner
+from sw_transplant.layers.planner import Planner
 from sw_transplant.layers.recompute import Recompute
 
 STRANGE = "_is_strange_to_its_class"

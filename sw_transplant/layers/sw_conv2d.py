@@ -12,11 +12,12 @@ one tile per edge and channel without a shift. Each branch has a BatchNorm; the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from sw_transplant.config import OrderRule
 from sw_transplant.forms import DenseKernel, LiveTiles
 from sw_transplant.geometry import BranchGeometry, Extent, Size
 from sw_transplant.layers.ghosts import place_channels
@@ -57,6 +58,8 @@ class SWConv2d(OrderBuffers):
             ``"channel"`` one ``(3, E, active)``, in the order of :data:`BRANCHES`; ones at the start.
         masked: give every path a mask of its filters, all in use (:class:`TilePath`).
         stride: of the output.
+        orders: ``"random"``, one for each edge and branch, as in the final networks; ``"opposite"``, those of the first
+            ones, which have one edge: the tiles in order along rows, in reverse order along columns.
         seed: of the ghosts and of the orders; the state of the global generators is neither used nor changed.
         form, match: as in :class:`ShiftwiseConv2d`.
         device, dtype: of parameters and buffers.
@@ -98,6 +101,7 @@ class SWConv2d(OrderBuffers):
         gain: Gain | None = None,
         masked: bool = False,
         stride: int | Size = 1,
+        orders: OrderRule = "random",
         seed: int = PUBLISHED_SEED,
         form: str = "auto",
         match: Any = None,
@@ -108,10 +112,14 @@ class SWConv2d(OrderBuffers):
         _check_counts(channels=channels, kernel_size=kernel_size, tile=tile, edges=edges, paths=paths)
         if gain not in (None, "edge", "channel"):
             raise ValueError(f"SWConv2d: gain {gain!r}, expected None, 'edge' or 'channel'")
+        if orders not in get_args(OrderRule):
+            raise ValueError(f"SWConv2d: orders {orders!r}, expected one of {get_args(OrderRule)}")
+        if orders == "opposite" and edges != 1:
+            raise ValueError(f"SWConv2d: orders 'opposite' with {edges} edges, all alike; expected edges=1")
         steps = (stride, stride) if isinstance(stride, int) else stride
         self._set_up(channels, channels, steps, form, match)
         self.length, self.tile, self.edges, self.seed = kernel_size, tile, edges, seed
-        self.ghosts_last, self.residual = ghosts_last, residual
+        self.ghosts_last, self.residual, self.order_rule = ghosts_last, residual, orders
         self._geometries = strip_geometries(kernel_size, tile)
         self._ghost = float(ghost) if isinstance(ghost, float | int) else tuple(ghost)
         drawn = self.draw()

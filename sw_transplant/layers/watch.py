@@ -21,7 +21,7 @@ def _note_step(*_: object) -> None:
 
 
 register_optimizer_step_post_hook(_note_step)
-_version, _training = attrgetter("_version"), attrgetter("training")
+_version, _training, _requires_grad = map(attrgetter, ("_version", "training", "requires_grad"))
 
 
 class Watch:
@@ -52,9 +52,20 @@ class Watch:
         self._tensors = [value for value in self._held if isinstance(value, Tensor)]
         self._versions = list(map(_version, self._tensors))
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._wanting = list(map(_requires_grad, self._tensors))
         self._step = _Steps.last
         # These keep the storages alive: an address cannot come to mean another tensor.
         self._aliases = [tensor.detach() for tensor in self._tensors]
+
+    def same_parts(self) -> bool:
+        """Whether the parts are the same, in the same modes, with the same tensors; these may have other values."""
+        return (
+            all(map(is_, map(dict.get, self._holders, self._names), self._held))  # type: ignore[arg-type]
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and list(map(_requires_grad, self._tensors)) == self._wanting
+            and list(map(_training, self._modules)) == self._modes
+            and list(map(len, self._children)) == self._counts
+        )
 
     def unchanged(self) -> bool:
         """Whether nothing has changed, and no gradient is wanted now: the same tensors give the same results."""

@@ -1,72 +1,82 @@
 """Reading official weight files: strictly, and without running code that is stored in them."""
 
-import argparse
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import safetensors.torch
 import torch
 from torch import nn
 
+from sw_transplant.layers.zeros import mask_zeros
+from sw_transplant.models.unpickling import read_weights
+
 __all__ = ["load_checkpoint"]
 
+Prefer = Literal["model", "ema"]
 # Where training code keeps the weights inside its checkpoint, in order of preference.
 WRAPPINGS = ("model", "state_dict", "module", "model_ema")
+AVERAGES = ("model_ema", "state_dict_ema")
 # What DistributedDataParallel and torch.compile put in front of names, in any order and number.
 PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
 SHOWN = 3
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    prefer: Prefer = "model",
+    masks: Literal["from_weights"] | None = None,
+    only_L: bool = True,
+) -> None:
     """Load an official checkpoint into `model`, in place; every tensor of the model must be in it, and nothing else.
 
-    A ``.safetensors`` file is read as such, any other by ``torch.load(weights_only=True)``, which runs no stored code
-    (``argparse.Namespace``, the training arguments of the official files, is the one extra class allowed). The weights
-    may lie under 'model', 'state_dict', 'module' or 'model_ema', the first of these that holds tensors, or at the top.
-    Prefixes 'module.' and '_orig_mod.' are ignored, in the file and in the model. Values are cast to the model's dtype
-    and device.
+    A ``.safetensors`` file is read as such, any other without running code that is stored in it: beside tensors,
+    numbers and containers it may hold what training programs put beside them, NumPy's numbers and the arguments as an
+    ``argparse.Namespace``; everything else is refused by name. The weights may lie under 'model', 'state_dict',
+    'module' or 'model_ema', the first of these that holds tensors, or at the top. Prefixes 'module.' and '_orig_mod.'
+    are ignored, in the file and in the model. Values are cast to the model's dtype and device.
 
     Args:
         model: the network, for instance ``timm.create_model('slak_tiny')``.
         path: the file.
+        prefer: ``"model"``, or ``"ema"`` for the averaged weights under 'model_ema', which have to be there.
+        masks: ``"from_weights"``: what is zero in the file is out of use in the model; official sparse weights hold
+            zeros and no masks. See :meth:`sw_transplant.sparsity.FilterSparsity.from_weights`.
+        only_L: of these masks: filters of large kernels only. False: also single weights of all other layers, as in
+            SLaK's.
 
     Raises:
         ValueError: if the file is missing or cannot be read safely, if it holds no weights of this model, or if a
-            tensor is missing, unexpected or of another shape. The model is then as it was.
+            tensor is missing, unexpected or of another shape. The model is then as it was. Or if nothing is zero that
+            masks could come from; then the weights are loaded.
     """
     path = Path(path)
-    weights = _without_prefixes(_unwrap(_read(path), path), path)
+    if prefer not in get_args(Prefer):
+        raise ValueError(f"load_checkpoint: prefer {prefer!r}, expected one of {get_args(Prefer)}")
+    if masks not in (None, "from_weights"):
+        raise ValueError(f"load_checkpoint: masks {masks!r}, expected None or 'from_weights'")
+    weights = _without_prefixes(_unwrap(read_weights(path), path, prefer), path)
     own = {PREFIXES.sub("", name): name for name in model.state_dict()}
     _check(model, own, weights, path)
     model.load_state_dict({own[name]: tensor for name, tensor in weights.items()})
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file (expected an official checkpoint, .pth or .safetensors)")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged pickle can fail in any way whatever: the bytes decide which error it is.
-    except Exception as error:
+    if masks is not None and not mask_zeros(model, only_L=only_L)[0]:
         raise ValueError(
-            f"{path}: cannot be read as a checkpoint of plain weights: it is damaged, or holds objects other than "
-            f"tensors that are not safe to load. Download it again, or save its state_dict alone. "
-            f"({type(error).__name__}: {_first_line(error)})"
-        ) from error
+            f"{path}: no {'filter of a large kernel' if only_L else 'weight'} is zero, expected sparse weights; leave "
+            f"masks out{', or try only_L=False' if only_L else ''}"
+        )
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
-
-
-def _unwrap(content: Any, path: Path) -> Mapping[str, Any]:
+def _unwrap(content: Any, path: Path, prefer: Prefer) -> Mapping[str, Any]:
     """The weights inside what the file holds."""
+    if prefer == "ema":
+        averages = [content.get(name) for name in AVERAGES] if isinstance(content, Mapping) else []
+        for weights in averages:
+            if isinstance(weights, Mapping) and any(isinstance(entry, torch.Tensor) for entry in weights.values()):
+                return weights
+        raise ValueError(f"{path}: holds no averaged weights under {AVERAGES}; expected them with prefer='ema'")
     if isinstance(content, Mapping):
         for weights in (*(content.get(name) for name in WRAPPINGS), content):
             if isinstance(weights, Mapping) and any(isinstance(entry, torch.Tensor) for entry in weights.values()):

@@ -1,7 +1,7 @@
 """The large-kernel layer of SLaK and RepLKNet: parallel depthwise convolutions, each followed by BatchNorm, summed."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -35,13 +35,25 @@ class ReparamLargeKernelConv(nn.Module):
 
     Args:
         channels: number of channels C.
-        branches: kernel size (height, width) of every branch, under the name it has in the checkpoints.
+        branches: every branch, under the name it has in the checkpoints: a kernel size (height, width), or several that
+            run one after the other.
+        dilation: of the branches that are not called ``small_conv``.
     """
 
-    def __init__(self, channels: int, branches: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        channels: int,
+        branches: Mapping[str, tuple[int, int] | Sequence[tuple[int, int]]],
+        dilation: int = 1,
+    ) -> None:
         super().__init__()
-        for name, kernel_size in branches.items():
-            self.add_module(name, conv_bn(depthwise(channels, kernel_size)))
+        for name, sizes in branches.items():
+            step = 1 if name == "small_conv" else dilation
+            if isinstance(sizes[0], int):
+                self.add_module(name, conv_bn(depthwise(channels, sizes, step)))  # type: ignore[arg-type]
+            else:
+                chain = [conv_bn(depthwise(channels, size, step)) for size in sizes]  # type: ignore[arg-type]
+                self.add_module(name, nn.Sequential(*chain))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C, H, W) to (B, C, H, W)."""

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from sw_transplant.layers.sw_conv2d import SWConv2d
+from sw_transplant.models.large_kernel import depthwise
 from sw_transplant.models.registry import build, preprocessing
 from sw_transplant.models.staged import StagedNet, drop_path_rates, require_stages
 from sw_transplant.models.unireplknet import UniRepLKNetBlock, overlapping_entrances
@@ -27,9 +29,22 @@ class PublishedSWConv2d(SWConv2d):
 
 
 class ShiftWiseBlock(UniRepLKNetBlock):
-    """UniRepLKNet's block with the paper's module in it."""
+    """UniRepLKNet's block with the paper's module in it; without squeeze and excitation its norm is a LayerNorm."""
 
     SPATIAL: ClassVar[str] = "large_kernel"
+
+    def __init__(self, dim: int, spatial: nn.Module, drop_path: float, layer_scale: float, se: bool = True) -> None:
+        super().__init__(dim, spatial, drop_path, layer_scale)
+        if not se:
+            del self.se
+            self.norm = nn.LayerNorm(dim, eps=1e-6)  # type: ignore[assignment]
+            self.pwconv1 = nn.Linear(dim, 4 * dim)  # type: ignore[assignment]
+
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.norm, nn.LayerNorm):
+            y = getattr(self, self.SPATIAL)(x)
+            return self.norm(y.permute(0, 2, 3, 1))  # (B, H, W, C)
+        return super().mixed(x)
 
 
 class ShiftWise(StagedNet):
@@ -52,9 +67,14 @@ class ShiftWise(StagedNet):
         ghost_ratio: fraction of channels that bypass the large kernel.
         N_path: parallel banks that are summed before the shift.
         N_rep: edges, the orders in which each strip places the bank.
+        se: squeeze and excitation (the paper's #20 and the published networks). False: #19 and #25.
+        interleaved: large kernels where UniRepLKNet has them only: not in the first stage, nor in every second block of
+            the third, which get a depthwise convolution of the filters' size (#23).
         form: how the large kernels run, see :class:`sw_transplant.ShiftwiseConv2d`.
         global_pool: 'avg', 'max', 'avgmax', or '' without classifier.
         drop_rate: dropout in front of the classifier.
+        stage_norms: a LayerNorm for the features of each stage, ``norm0`` to ``norm3``, as in the published backbones
+            of detectors and segmenters; they act on features alone.
 
     Raises:
         ValueError: if a setting has the wrong number of entries or is out of range.
@@ -74,9 +94,12 @@ class ShiftWise(StagedNet):
         ghost_ratio: float = 0.23,
         N_path: int = 2,
         N_rep: int = 4,
+        se: bool = True,
+        interleaved: bool = False,
         form: str = "auto",
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        stage_norms: bool = False,
     ) -> None:
         require_stages("ShiftWise", depths=depths, dims=dims)
         if len(kernel_size) != len(dims) + 1:
@@ -90,16 +113,24 @@ class ShiftWise(StagedNet):
         self.downsample_layers = overlapping_entrances(in_chans, dims)
         *lengths, tile = kernel_size
         self.stages = nn.ModuleList()
-        for dim, length, rates in zip(dims, lengths, drop_path_rates(drop_path_rate, depths), strict=True):
+        for stage, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
+            dim, length = dims[stage], lengths[stage]
             blocks = []
-            for rate in rates:
-                large_kernel = PublishedSWConv2d(
-                    dim, length, tile, edges=N_rep, paths=N_path, ghost=ghost_ratio, ghosts_last=True, form=form
+            for i, rate in enumerate(rates):
+                small = interleaved and (stage == 0 or (stage == 2 and i % 2 == 1))
+                spatial = (
+                    depthwise(dim, (tile, tile))
+                    if small
+                    else PublishedSWConv2d(
+                        dim, length, tile, edges=N_rep, paths=N_path, ghost=ghost_ratio, ghosts_last=True, form=form
+                    )
                 )
-                blocks.append(ShiftWiseBlock(dim, large_kernel, rate, layer_scale_init_value))
+                blocks.append(ShiftWiseBlock(dim, spatial, rate, layer_scale_init_value, se))
             self.stages.append(nn.Sequential(*blocks))
 
         self._finish(dims[-1], num_classes, global_pool, head_init_scale)
+        if stage_norms:
+            self.add_stage_norms(dims)
 
 
 default_cfgs = generate_default_cfgs(

@@ -77,6 +77,11 @@ class StagedNet(nn.Module):
         if isinstance(self.head, nn.Linear):
             self.head.weight.data.mul_(head_init_scale)
 
+    def add_stage_norms(self, dims: Sequence[int]) -> None:
+        """Gives each stage's features a LayerNorm of their own, under the published names ``norm0`` to ``norm3``."""
+        for stage, dim in enumerate(dims):
+            self.add_module(f"norm{stage}", LayerNorm2d(dim, eps=1e-6))
+
     def entrances(self) -> list[nn.Module]:
         """The stem and the downsampling layers, one in front of every stage."""
         return list(self.downsample_layers)
@@ -89,6 +94,8 @@ class StagedNet(nn.Module):
         """Drop every stage after the first `count`."""
         self.downsample_layers = self.downsample_layers[:count]
         self.stages = self.stages[:count]
+        for stage in range(count, STAGES):
+            self._modules.pop(f"norm{stage}", None)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Pool and normalise: (B, C, H, W) to (B, C, 1, 1), or to (B, C, H, W) where ``global_pool`` is empty."""
@@ -134,7 +141,8 @@ class StagedNet(nn.Module):
                 break
             x = self.run_stage(stage, entrance(x))
             if stage in wanted:
-                taken.append(x)
+                own_norm = self._modules.get(f"norm{stage}")
+                taken.append(x if own_norm is None else own_norm(x))
         return taken if intermediates_only else (x, taken)
 
     def prune_intermediate_layers(

@@ -115,9 +115,12 @@ class UniRepLKNetBlock(nn.Module):
         self.gamma = nn.Parameter(layer_scale * torch.ones(dim)) if layer_scale > 0 else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        """What the perceptron takes: the depthwise layer, normalised, gated."""
+        return self.se(self.norm(getattr(self, self.SPATIAL)(x)))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.se(self.norm(getattr(self, self.SPATIAL)(x)))
-        y = self.pwconv2(self.act(self.pwconv1(y)))
+        y = self.pwconv2(self.act(self.pwconv1(self.mixed(x))))
         if self.gamma is not None:
             y = self.gamma.view(1, -1, 1, 1) * y
         return x + self.drop_path(y)

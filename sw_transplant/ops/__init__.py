@@ -9,6 +9,8 @@ Read in this order:
     depthwise              PyTorch's own convolution, in the layout in which it is fast, and its weight gradient
     toeplitz_reference     the sum of large convolutions in plain PyTorch: the definition of the next
     toeplitz               the same in one pass, as an operator that takes a kernel where there is one
+    toeplitz_formats       in which memory format it runs, and when a copy is made
+    direct                 operators without the dispatcher, where nobody listens
     toeplitz_autograd      its gradients, of any order
     toeplitz_selftest      whether a device has its kernels, and whether they are right there
     tracing                what compilers need to be told, and whether torch.func is at work

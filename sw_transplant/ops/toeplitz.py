@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 
 from sw_transplant.cuda import launch
+from sw_transplant.ops.direct import Operator, call, register
 from sw_transplant.ops.toeplitz_autograd import grad_of_conv, grad_of_weight_grad, save_conv, save_weight_grad
-from sw_transplant.ops.toeplitz_reference import pairs, toeplitz_conv_reference, toeplitz_weight_grad_reference
+from sw_transplant.ops.toeplitz_formats import takes
+from sw_transplant.ops.toeplitz_reference import (
+    dense_format,
+    pairs,
+    toeplitz_conv_reference,
+    toeplitz_weight_grad_reference,
+)
 from sw_transplant.ops.toeplitz_selftest import weight_grad_is_wrong
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -31,8 +38,8 @@ def toeplitz_conv(
     """Add up depthwise convolutions of any size, with stride 1 and an output as large as the map.
 
     Args:
-        x: (B, C, H, W); float32, float16, bfloat16 or float64. The kernel reads contiguous maps: of any other layout,
-            channels_last too, it makes a contiguous copy first.
+        x: (B, C, H, W); float32, float16, bfloat16 or float64. The kernel reads contiguous and channels_last maps; of
+            any other layout, and of channels_last ones that it has no room for, a contiguous copy is made first.
         weights: kernels (C, 1, kh, kw), dtype and device of x; at least one.
         origins: zeros before the map, (top, left) of each kernel one after the other. "Same" padding of an odd kernel
             is (kh // 2, kw // 2); any integers will do.
@@ -40,11 +47,13 @@ def toeplitz_conv(
         residual: add x, too (an identity branch, exact in every dtype).
 
     Returns:
-        (B, C, H, W), contiguous, dtype and device of x; under autocast everything is cast first, as for `conv2d`.
+        (B, C, H, W), in the memory format that was read, dtype and device of x; under autocast everything is cast
+        first, as for `conv2d`.
         Sums are formed in float32 (float64 for float64) and rounded once. float32 on CUDA is multiplied as TF32 where
         `torch.backends.cudnn.conv.fp32_precision` is "tf32" (relative error about 3e-4), otherwise as three TF32
-        products (about 1e-7). The same inputs give the same bits. A product has zeros for taps outside a kernel:
-        infinities and NaN in x may spread over their image and channel. Differentiable, any number of times.
+        products (2e-7 for strips of 51 x 5, 3e-7 for 51 x 51). The same inputs give the same bits. A product has zeros
+        for taps outside a kernel: infinities and NaN in x may spread over their image and channel.
+        Differentiable, any number of times.
 
     Raises:
         ValueError: a shape, dtype or device is not as above.
@@ -60,15 +69,17 @@ def toeplitz_conv(
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
         bias = None if bias is None else bias.to(dtype)
     _check(x, weights, origins, bias)
-    return torch.ops.sw_transplant.toeplitz_conv(x, weights, origins, bias, residual)
+    if not takes(x, [size for weight in weights for size in weight.shape[2:]], origins):
+        x = x.contiguous()
+    return call("toeplitz_conv", x, weights, origins, bias, residual)
 
 
 def toeplitz_weight_grad(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> list[Tensor]:
     """The gradients of `toeplitz_conv` with respect to its kernels.
 
     Args:
-        x, grad: (B, C, H, W), the map and the gradient of the output; of one dtype and device. Of a layout other than
-            contiguous the kernel makes a copy first.
+        x, grad: (B, C, H, W), the map and the gradient of the output; of one dtype and device. As with
+            `toeplitz_conv`, contiguous copies are made of what the kernel does not take.
         sizes: taps, (kh, kw) of each kernel one after the other.
         origins: as in `toeplitz_conv`.
 
@@ -78,7 +89,11 @@ def toeplitz_weight_grad(x: Tensor, grad: Tensor, sizes: Sequence[int], origins:
         the arguments, bit for bit. It applies where `toeplitz_conv` has a kernel, if all taps of a kernel are not
         outside of the map. Differentiable in x and grad.
     """
-    return torch.ops.sw_transplant.toeplitz_weight_grad(x, grad, sizes, origins)
+    if takes(x, sizes, origins, gradient=True):
+        grad = grad.contiguous(memory_format=dense_format(x))
+    else:
+        x, grad = x.contiguous(), grad.contiguous()
+    return call("toeplitz_weight_grad", x, grad, sizes, origins)
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int], bias: Tensor | None) -> None:
@@ -112,12 +127,13 @@ def kernel_applies(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int])
     It needs a CUDA device of compute capability 8.0 or more, float32, float16 or bfloat16, at most four kernels, and
     taps that fit into shared memory beside a tile of the map (51 x 5 strips and 31 x 31 squares do).
     """
-    return x.numel() > 0 and _plan(x, weights, origins) is not None
+    return x.numel() > 0 and _plan(_dense(x), weights, origins) is not None
 
 
 def weight_grad_kernel_applies(x: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> bool:
     """Whether `toeplitz_weight_grad` runs its kernel for these arguments, rather than PyTorch's convolutions."""
-    return x.numel() > 0 and _weight_grad_plan(x, sizes, origins) is not None
+    x = _dense(x)
+    return x.numel() > 0 and _weight_grad_plan(x, x, sizes, origins) is not None
 
 
 def _plan(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int]) -> Any:
@@ -128,56 +144,67 @@ def _plan(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int]) -> Any:
     return plan_for(x, [(weight.shape[2], weight.shape[3]) for weight in weights], pairs(origins))
 
 
-def _weight_grad_plan(x: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> Any:
+def _weight_grad_plan(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> Any:
     if not _has_kernels(x) or weight_grad_is_wrong(x.device):
         return None
     from sw_transplant.cuda.toeplitz import weight_grad_plan_for
 
-    return weight_grad_plan_for(x, pairs(sizes), pairs(origins))
+    return weight_grad_plan_for(x, grad, pairs(sizes), pairs(origins))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The map as a kernel takes it: as it is, unless somebody calls an operator itself with other strides."""
+    return x.contiguous(memory_format=dense_format(x))
 
 
 def _has_kernels(x: Tensor) -> bool:
     return x.device.type == "cuda" and launch.is_available(x.device.index)
 
 
-@torch.library.custom_op(
-    "sw_transplant::toeplitz_conv",
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, int[] origins, Tensor? bias, bool residual) -> Tensor",
-)
-def _toeplitz_conv(
+def _run_conv(
     x: Tensor, weights: Sequence[Tensor], origins: Sequence[int], bias: Tensor | None, residual: bool
 ) -> Tensor:
-    plan = _plan(x, weights, origins)
+    dense = _dense(x)
+    plan = _plan(dense, weights, origins)
     if plan is None:
         with torch.autocast(x.device.type, enabled=False):  # the dtype of x is what was asked for
             return toeplitz_conv_reference(x, weights, origins, bias, residual)
     from sw_transplant.cuda.toeplitz import toeplitz_conv_forward
 
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty_like(dense)
     kernels = [weight.contiguous() for weight in weights]
-    toeplitz_conv_forward(x.contiguous(), kernels, None if bias is None else bias.contiguous(), residual, plan, out)
+    toeplitz_conv_forward(dense, kernels, None if bias is None else bias.contiguous(), residual, plan, out)
     return out
 
 
-@torch.library.custom_op(
-    "sw_transplant::toeplitz_weight_grad",
-    mutates_args=(),
-    schema="(Tensor x, Tensor grad, int[] sizes, int[] origins) -> Tensor[]",
-)
-def _toeplitz_weight_grad(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> list[Tensor]:
-    plan = _weight_grad_plan(x, sizes, origins) if x.numel() else None
+def _run_weight_grad(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> list[Tensor]:
+    maps = _dense(x), grad.contiguous(memory_format=dense_format(x))
+    plan = _weight_grad_plan(*maps, sizes, origins) if x.numel() else None
     if plan is None:
         with torch.autocast(x.device.type, enabled=False):
             return toeplitz_weight_grad_reference(x, grad, sizes, origins)
     from sw_transplant.cuda.toeplitz import toeplitz_weight_grad
 
-    return toeplitz_weight_grad(x.contiguous(), grad.contiguous(), plan)
+    return toeplitz_weight_grad(*maps, plan)
+
+
+_toeplitz_conv = torch.library.custom_op(
+    "sw_transplant::toeplitz_conv",
+    _run_conv,
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, int[] origins, Tensor? bias, bool residual) -> Tensor",
+)
+_toeplitz_weight_grad = torch.library.custom_op(
+    "sw_transplant::toeplitz_weight_grad",
+    _run_weight_grad,
+    mutates_args=(),
+    schema="(Tensor x, Tensor grad, int[] sizes, int[] origins) -> Tensor[]",
+)
 
 
 @_toeplitz_conv.register_fake
 def _(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int], bias: Tensor | None, residual: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=dense_format(x))
 
 
 @_toeplitz_weight_grad.register_fake
@@ -187,3 +214,5 @@ def _(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> 
 
 _toeplitz_conv.register_autograd(grad_of_conv, setup_context=save_conv)
 _toeplitz_weight_grad.register_autograd(grad_of_weight_grad, setup_context=save_weight_grad)
+register("toeplitz_conv", Operator(_run_conv, save_conv, grad_of_conv))
+register("toeplitz_weight_grad", Operator(_run_weight_grad, save_weight_grad, grad_of_weight_grad))

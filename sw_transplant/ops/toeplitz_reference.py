@@ -20,12 +20,12 @@ def toeplitz_conv_reference(
 ) -> Tensor:
     """`sw_transplant.ops.toeplitz_conv` as one `conv2d` for each kernel: same arguments, not validated here."""
     if x.numel() == 0:  # conv2d asks for at least one group
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+        return torch.empty_like(x, memory_format=dense_format(x))
     maps = [
         _convolve(x, weight, bias if i == 0 else None, origin)
         for i, (weight, origin) in enumerate(zip(weights, pairs(origins), strict=True))
     ]
-    return reduce(add, maps + [x] * residual).contiguous()
+    return reduce(add, maps + [x] * residual).contiguous(memory_format=dense_format(x))
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, origin: Size) -> Tensor:
@@ -45,6 +45,13 @@ def toeplitz_weight_grad_reference(
     return [
         depthwise_weight_grad(x, grad, size, origin) for size, origin in zip(pairs(sizes), pairs(origins), strict=True)
     ]
+
+
+def dense_format(x: Tensor) -> torch.memory_format:
+    """The memory format of what the operators make of a map: channels_last if it is that and not contiguous as well."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def pairs(flat: Sequence[int]) -> list[Size]:

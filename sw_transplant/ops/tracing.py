@@ -1,5 +1,6 @@
 """What compilers need to be told, and whether the tensors of a call stand for others."""
 
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -28,6 +29,12 @@ def is_observed() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or is_transformed()
     )
+
+
+@constant_when_traced
+def is_for_onnx() -> bool:
+    """Whether a model is being exported to ONNX, which knows PyTorch's operators and none of our own."""
+    return "torch.onnx._internal.exporter" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def is_transformed() -> bool:

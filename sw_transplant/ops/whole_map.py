@@ -62,7 +62,13 @@ def whole_map_product(x: Tensor, matrix: Tensor, bias: Tensor | None, out_size: 
 
 
 def _maps(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (C, B, H * W)."""
+    """(B, C, H, W) -> (C, B, H * W).
+
+    A GPU's matrix product wants neighbours in memory: of a channels_last map it would make a copy that no compiler
+    sees.
+    """
+    if x.is_cuda:
+        x = x.contiguous()
     return x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:])).transpose(0, 1)  # not -1: a batch may be empty
 
 

@@ -11,7 +11,6 @@ magnitudes are pruned and as many grown elsewhere in the same layer (ShiftwiseCo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from sw_transplant.layers.masks import MaskedTiles
+from sw_transplant.sparsity.exact import renewed_mask, uniform
 from sw_transplant.sparsity.masked_layers import MaskedLayer, of_first_rank, trainable_layers
+from sw_transplant.sparsity.published import (
+    Dynamics,
+    first_masks,
+    published_layers,
+    published_rate,
+    renewed_masks,
+)
 from sw_transplant.sparsity.snip import Batch, above_one_threshold, best_units, snip_scores
 
 Init = Literal["snip", "snip_random"]
@@ -46,9 +53,13 @@ class FilterSparsity:
         growth: ``"random"``, or ``"gradient"`` for the filters with the largest sum of absolute gradients in that step.
         adaptation_rate: the share of the used filters that is exchanged in an update (SLaK: 0.3).
         total_steps: over how many steps the rate falls to 0 as half a cosine; None keeps it constant.
-        update_frequency: steps of the optimizer from one update to the next (the paper's u: 100; SLaK-T: 2000).
+        update_frequency: steps of the optimizer from one update to the next (the paper's u: 100; SLaK-T: 2000); None:
+            the masks stay as they are.
         sparse_gap: parallel paths get a common mask in every so many-th update, and are free in between.
         seed: of everything that is drawn; 0 or more.
+        dynamics: ``"exact"``: each layer keeps its number of filters, and what was pruned does not come back at once.
+            ``"published"``: what the official programs do, to compare a run with theirs; docs/sparsity.md has the
+            differences. Works attached only.
 
     Raises:
         NoLargeKernelError: there is nothing to mask.
@@ -66,11 +77,17 @@ class FilterSparsity:
         growth: Growth = "random",
         adaptation_rate: float = 0.3,
         total_steps: int | None = None,
-        update_frequency: int = 100,
+        update_frequency: int | None = 100,
         sparse_gap: int = 131,
         seed: int = 0,
+        dynamics: Dynamics = "exact",
     ) -> None:
-        for name, value, allowed in (("init", init, get_args(Init)), ("growth", growth, get_args(Growth))):
+        choices = (
+            ("init", init, get_args(Init)),
+            ("growth", growth, get_args(Growth)),
+            ("dynamics", dynamics, get_args(Dynamics)),
+        )
+        for name, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"FilterSparsity: {name} {value!r}, expected one of {allowed}")
         if not 0 <= sparsity < 1:
@@ -78,7 +95,7 @@ class FilterSparsity:
         if not 0 < adaptation_rate <= 1:
             raise ValueError(f"FilterSparsity: adaptation_rate {adaptation_rate}, expected a share above 0, at most 1")
         counts = {
-            "update_frequency": update_frequency,
+            "update_frequency": 1 if update_frequency is None else update_frequency,
             "sparse_gap": sparse_gap,
             "total_steps": 1 if total_steps is None else total_steps,
         }
@@ -90,18 +107,56 @@ class FilterSparsity:
         self.model, self.sparsity, self.init, self.growth = model, sparsity, init, growth
         self.adaptation_rate, self.total_steps = adaptation_rate, total_steps
         self.update_frequency, self.sparse_gap, self.seed = update_frequency, sparse_gap, seed
-        self.steps = 0
-        self._groups = trainable_layers(model, only_L=only_L)
+        if dynamics == "published" and (init != "snip" or growth != "random"):
+            raise ValueError(
+                f"FilterSparsity: dynamics 'published' with init {init!r} and growth {growth!r}, "
+                "expected 'snip', which draws there, and 'random'"
+            )
+        self.dynamics, self.steps = dynamics, 0
+        layers_of = published_layers if dynamics == "published" else trainable_layers
+        self._groups = layers_of(model, only_L=only_L)
         self._layers = [layer for group in self._groups for layer in group]
         self._optimizer: torch.optim.Optimizer | None = None
         self._hooks: list[Any] = []
         self._exploring = False
         self._gradients: dict[MaskedLayer, Tensor] = {}
         self._sparse = False
+        self._equal_paths = True
+        self._dense: set[MaskedLayer] = set()
         for layer in self._layers:
             layer.create_mask()
-            if not isinstance(layer.owner, MaskedTiles):
+            if not layer.in_filters and dynamics == "exact":
                 layer.weight.register_hook(lambda grad, layer=layer: self._masked_gradient(layer, grad))
+
+    @classmethod
+    def from_weights(cls, model: nn.Module, *, only_L: bool = True, **options: Any) -> FilterSparsity:
+        """For weights that were trained sparse: what is zero is out of use; nothing is left to initialise.
+
+        Published sparse networks hold zeros and no masks. Their parallel paths need not use equally many filters.
+
+        Args:
+            model: with its weights; filters that are all zero are taken out of use.
+            only_L: filters of large kernels only; False: also single weights of other layers.
+            options: further arguments of the constructor; ``update_frequency=None`` keeps the zeros where they are.
+
+        Raises:
+            ValueError: nothing is zero, or everything.
+        """
+        sparsity = cls(model, only_L=only_L, **options)
+        idle = total = 0
+        for layer in sparsity._layers:
+            used = (layer.sums(layer.weight) != 0) & layer.possible
+            layer.mask_in_use.copy_(used)
+            total += int(layer.possible.sum())
+            idle += int(layer.possible.sum()) - int(used.sum())
+        if not 0 < idle < total:
+            what = "filters of large kernels" if only_L else "filters and weights"
+            raise ValueError(
+                f"FilterSparsity.from_weights: {idle} of {total} {what} are zero, expected some and not all; load the "
+                f"sparse weights first{', or try only_L=False' if only_L else ''}"
+            )
+        sparsity.sparsity, sparsity._equal_paths = idle / total, False
+        return sparsity
 
     # ---- before training ----
 
@@ -121,6 +176,10 @@ class FilterSparsity:
         """
         scores = dict(zip(self._layers, snip_scores(self.model, self._layers, batch), strict=True))
         rng = np.random.default_rng((self.seed, 0))
+        if self.dynamics == "published":
+            first, self._dense = first_masks(scores, 1 - self.sparsity, rng)
+            self._set(first)
+            return
         masks: dict[MaskedLayer, Tensor] = {}
         for large in (True, False):
             groups = [group for group in self._groups if group[0].large is large]
@@ -129,12 +188,14 @@ class FilterSparsity:
             means = [torch.stack([scores[layer] for layer in group]).mean(0) for group in groups]
             for group, mask in zip(groups, above_one_threshold(means, 1 - self.sparsity), strict=True):
                 if self.init == "snip_random":
-                    mask = best_units(_uniform(rng, mask), torch.ones_like(mask), int(mask.sum()))
+                    mask = best_units(uniform(rng, mask), torch.ones_like(mask), int(mask.sum()))
                 masks |= dict.fromkeys(group, mask)
         self._set(masks)
 
     def rate(self, step: int) -> float:
         """The share of the used filters that an update after ``step`` steps exchanges."""
+        if self.dynamics == "published":
+            return published_rate(self.adaptation_rate, step, self.total_steps)
         if self.total_steps is None:
             return self.adaptation_rate
         return self.adaptation_rate * (1 + math.cos(math.pi * min(1.0, step / self.total_steps))) / 2
@@ -175,7 +236,9 @@ class FilterSparsity:
             optimizer.register_load_state_dict_post_hook(self._resume),
         ]
         self._resume(optimizer)
-        self._set({layer: _mask(layer).clone() for layer in self._layers})
+        if self.dynamics == "published" and not self._dense:  # loaded: what was left unmasked has no zeros
+            self._dense = {layer for layer in self._layers if torch.equal(layer.mask_in_use, layer.possible)}
+        self._set({layer: layer.mask_in_use.clone() for layer in self._layers})
         return self
 
     def detach(self) -> None:
@@ -194,8 +257,9 @@ class FilterSparsity:
         """
         if self._optimizer is not None:
             raise ValueError("FilterSparsity.step: attached, so optimizer.step() counts already; remove this call")
-        if self.growth == "gradient":
-            raise ValueError("FilterSparsity.step: growth 'gradient' works attached only; call attach(optimizer)")
+        if self.growth == "gradient" or self.dynamics == "published":
+            what = "growth 'gradient'" if self.growth == "gradient" else "dynamics 'published'"
+            raise ValueError(f"FilterSparsity.step: {what} works attached only; call attach(optimizer)")
         self._after_step()
 
     def state_dict(self) -> dict[str, int]:
@@ -216,29 +280,32 @@ class FilterSparsity:
     # ---- how ----
 
     def _due(self, step: int) -> bool:
-        return step > 0 and step % self.update_frequency == 0 and self.rate(step) > 0
+        frequency = self.update_frequency
+        return frequency is not None and step > 0 and step % frequency == 0 and self.rate(step) > 0
 
     @torch.no_grad()
     def _before_step(self) -> None:
         """Takes the gradients of filters that are not in use for the growth, and hides them from the optimizer."""
-        if not self._exploring:
+        if not self._exploring or self.dynamics == "published":
             return
         for layer in self._layers:
             grad = layer.weight.grad
             if grad is not None:
                 self._gradients[layer] = layer.sums(grad)
-                grad.masked_fill_(~layer.spread(_mask(layer)), 0)
+                grad.masked_fill_(~layer.spread(layer.mask_in_use), 0)
         self._explore(False)
 
     def _after_step(self) -> None:
         if not self._sparse and self.sparsity:
-            if all(bool(_mask(layer).all()) for layer in self._layers):
+            if all(bool(layer.mask_in_use.all()) for layer in self._layers):
                 raise ValueError(
                     "FilterSparsity.step: every filter is in use, no mask has been chosen; "
                     "call initialise(...) before training, or load the state_dict of a sparse model"
                 )
             self._sparse = True
         self.steps += 1
+        if self.dynamics == "published":  # gradients of idle filters reach the optimizer: its steps are undone
+            self._zero()
         if self._due(self.steps):
             self._update()
         self._record()
@@ -246,7 +313,8 @@ class FilterSparsity:
     def _record(self) -> None:
         if self._optimizer is not None:
             self._optimizer.param_groups[0][_STEPS] = self.steps
-            self._explore(self.growth == "gradient" and self._due(self.steps + 1))
+            by_gradient = self.growth == "gradient" and self._due(self.steps + 1)
+            self._explore(by_gradient or self.dynamics == "published")
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> None:
         self.steps = optimizer.param_groups[0].get(_STEPS, self.steps)
@@ -260,48 +328,36 @@ class FilterSparsity:
                 layer.owner.explores = on
 
     def _masked_gradient(self, layer: MaskedLayer, grad: Tensor) -> Tensor:
-        return grad if self._exploring else grad.masked_fill(~_mask(layer), 0)
+        return grad if self._exploring else grad.masked_fill(~layer.mask_in_use, 0)
 
     @torch.no_grad()
     def _update(self) -> None:
         """Prunes and grows: together in all paths of a module every ``sparse_gap``-th time, else in each alone."""
         rng = np.random.default_rng((self.seed, self.steps))
-        together = (self.steps // self.update_frequency) % self.sparse_gap == 0
+        together = (self.steps // (self.update_frequency or 1)) % self.sparse_gap == 0
+        parts = [part for group in self._groups for part in ([group] if together else [[each] for each in group])]
+        if self.dynamics == "published":
+            masked = [part for part in parts if part[0] not in self._dense]
+            self._set(renewed_masks(masked, self.rate(self.steps), rng))
+            return
         masks: dict[MaskedLayer, Tensor] = {}
-        for group in self._groups:
-            for part in [group] if together else [[layer] for layer in group]:
-                mask = self._renewed(part, rng)
-                masks |= dict.fromkeys(part, mask)
+        for part in parts:
+            gradients = None if self.growth == "random" else self._gradients
+            mask = renewed_mask(part, self.rate(self.steps), rng, gradients, equal_paths=self._equal_paths)
+            masks |= dict.fromkeys(part, mask)
         self._gradients.clear()
         self._set(masks)
-
-    def _renewed(self, layers: Sequence[MaskedLayer], rng: np.random.Generator) -> Tensor:
-        """The next mask of a layer, or the common one of parallel paths, with as many filters as before."""
-        magnitude = torch.stack([layer.sums(layer.weight) for layer in layers]).sum(0)  # magnitude_sum
-        used, *others = [_mask(layer) for layer in layers]
-        count = int(used.sum())
-        if others:
-            if any(int(mask.sum()) != count for mask in others):
-                raise ValueError(
-                    f"{layers[0].path}: the parallel paths do not use equally many filters, so that they cannot get a "
-                    "common mask; expected masks of FilterSparsity, call initialise(...)"
-                )
-            used = best_units(magnitude, torch.stack([used, *others]).any(0), count)
-        # A filter just pruned does not grow at once: that would only set it to zero.
-        exchanged = min(int(self.rate(self.steps) * count), used.numel() - count)
-        kept = best_units(magnitude, used, count - exchanged)
-        if self.growth == "random":
-            promise = _uniform(rng, used)
-        else:
-            promise = sum((self._gradients[layer] for layer in layers if layer in self._gradients), torch.zeros(()))
-            promise = promise.to(used.device).expand(used.shape)
-        return kept | best_units(promise, ~used, exchanged)
 
     @torch.no_grad()
     def _set(self, masks: dict[MaskedLayer, Tensor]) -> None:
         """Puts the masks of rank 0 in place. What was not in use both before and after starts from zero."""
+        if self.dynamics == "published":
+            for layer, mask in of_first_rank(masks).items():
+                layer.mask_in_use.copy_(mask)
+            self._zero()
+            return
         for layer, mask in of_first_rank(masks).items():
-            own, weight = _mask(layer), layer.weight
+            own, weight = layer.mask_in_use, layer.weight
             fresh = layer.spread(~(own & mask))
             own.copy_(mask)
             weight.masked_fill_(fresh, 0)
@@ -309,18 +365,17 @@ class FilterSparsity:
                 if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
                     value.masked_fill_(fresh, 0)
 
-
-def _mask(layer: MaskedLayer) -> Tensor:
-    mask = layer.mask
-    if mask is None:
-        raise ValueError(f"{layer.path}: its mask is gone, expected the one that FilterSparsity made; make a new one")
-    return mask
+    @torch.no_grad()
+    def _zero(self) -> None:
+        """Zeros for what is out of use: weights, and SGD's momentum; moments of AdamW go on, as published."""
+        for layer in self._layers:
+            idle = layer.spread(~layer.mask_in_use)
+            layer.weight.masked_fill_(idle, 0)
+            momentum = self._optimizer.state.get(layer.weight, {}).get("momentum_buffer") if self._optimizer else None
+            if isinstance(momentum, Tensor):
+                momentum.masked_fill_(idle, 0)
 
 
 def _inner(optimizer: Any) -> Any:
     """The optimizer that a wrapper steps: Accelerate's, or timm's Lookahead; None where it is none."""
     return getattr(optimizer, "optimizer", None) or getattr(optimizer, "_base_optimizer", None)
-
-
-def _uniform(rng: np.random.Generator, like: Tensor) -> Tensor:
-    return torch.from_numpy(rng.random(tuple(like.shape))).to(like.device)

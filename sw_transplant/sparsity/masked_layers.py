@@ -16,12 +16,8 @@ from sw_transplant.find.match import NoLargeKernelError
 from sw_transplant.layers.branch import Branch
 from sw_transplant.layers.masks import MaskedTiles
 from sw_transplant.layers.sw_conv2d import SWConv2d
+from sw_transplant.layers.zeros import ELEMENT_MASK, ORDINARY
 from sw_transplant.tables import render_table
-
-ELEMENT_MASK = "sparsity_mask"
-"""Buffer of an ordinary convolution or linear layer: which of its weights are in use, bool, of the weight's shape."""
-
-_ORDINARY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +29,13 @@ class MaskedLayer:
         owner: a :class:`Branch` or a path of a :class:`SWConv2d` (the unit is one n x n filter of one channel), or an
             ordinary convolution or linear layer (the unit is one weight).
         large: whether it is a large kernel: a bank of more than one tile per channel.
+        by_weight: the unit is one weight whatever the owner is, with a mask beside the bank, as in SLaK's programs.
     """
 
     path: str
     owner: nn.Module
     large: bool
+    by_weight: bool = False
 
     @property
     def weight(self) -> nn.Parameter:
@@ -47,20 +45,47 @@ class MaskedLayer:
     @property
     def mask(self) -> Tensor | None:
         """bool, of the shape :attr:`units`; None where all are in use."""
-        return self.owner.mask if isinstance(self.owner, MaskedTiles) else getattr(self.owner, ELEMENT_MASK, None)
+        mask: Tensor | None = getattr(self.owner, "mask" if self.in_filters else ELEMENT_MASK, None)
+        return mask
+
+    @property
+    def mask_in_use(self) -> Tensor:
+        """:attr:`mask`, which has to be there.
+
+        Raises:
+            ValueError: it is gone.
+        """
+        mask = self.mask
+        if mask is None:
+            raise ValueError(
+                f"{self.path}: its mask is gone, expected the one that FilterSparsity made; make a new one"
+            )
+        return mask
+
+    @property
+    def in_filters(self) -> bool:
+        """Whether the unit is a filter, which the owner itself leaves out."""
+        return isinstance(self.owner, MaskedTiles) and not self.by_weight
+
+    @property
+    def possible(self) -> Tensor:
+        """Which units lie inside the kernel, bool, of the shape :attr:`units`: taps beyond it are zero for good."""
+        ones = torch.ones(self.units, dtype=torch.bool, device=self.weight.device)
+        support = getattr(self.owner, "support", None) if self.by_weight else None
+        return ones if support is None else ones & support.to(ones.device)
 
     @property
     def units(self) -> tuple[int, ...]:
         """``(C, T)`` for a bank, the shape of the weight for an ordinary layer."""
-        return self.owner.tile_count if isinstance(self.owner, MaskedTiles) else tuple(self.weight.shape)
+        return self.owner.tile_count if self.in_filters else tuple(self.weight.shape)  # type: ignore[return-value, union-attr]
 
     def create_mask(self) -> None:
         """Gives the owner a mask, all in use, where it has none."""
         if self.mask is not None:
             return
-        mask = torch.ones(self.units, dtype=torch.bool, device=self.weight.device)
-        if isinstance(self.owner, MaskedTiles):
-            self.owner.set_mask(mask)
+        mask = self.possible
+        if self.in_filters:
+            self.owner.set_mask(mask)  # type: ignore[operator]
         else:
             self.owner.register_buffer(ELEMENT_MASK, mask)
 
@@ -71,7 +96,7 @@ class MaskedLayer:
 
     def means(self, values: Tensor) -> Tensor:
         """``mean(|values|)`` over each unit; of a tile that reaches beyond its kernel, over the part inside."""
-        support = getattr(self.owner, "support", None)
+        support = getattr(self.owner, "support", None) if self.in_filters else None
         taps = self.weight.numel() // math.prod(self.units) if support is None else support.sum((-2, -1)).clamp(min=1)
         return self.sums(values) / taps
 
@@ -98,8 +123,9 @@ def masked_layers(model: nn.Module, *, only_L: bool = True) -> list[list[MaskedL
         if isinstance(module, SWConv2d):
             group = [MaskedLayer(paths[bank], bank, True) for bank in module.paths]
         elif isinstance(module, Branch) and not module.is_identity:
-            group = [MaskedLayer(path, module, module.tile_count[1] > 1)]
-        elif isinstance(module, _ORDINARY) and isinstance(module._parameters.get("weight"), nn.Parameter):
+            by_weight = module.mask is None and hasattr(module, ELEMENT_MASK)
+            group = [MaskedLayer(path, module, module.tile_count[1] > 1, by_weight)]
+        elif isinstance(module, ORDINARY) and isinstance(module._parameters.get("weight"), nn.Parameter):
             group = [MaskedLayer(path, module, False)]
         else:
             continue
@@ -220,9 +246,9 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
     layers = [
         Density(
             layer.path or "(the model)",
-            "filter" if isinstance(layer.owner, MaskedTiles) else "weight",
-            math.prod(layer.units),
-            math.prod(layer.units) if layer.mask is None else int(layer.mask.sum()),
+            "filter" if layer.in_filters else "weight",
+            int(layer.possible.sum()),
+            int(layer.possible.sum()) if layer.mask is None else int(layer.mask.sum()),
         )
         for group in masked_layers(model, only_L=False)
         for layer in group

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sw_transplant.config import SWConfig
+from sw_transplant.config import OrderRule, SWConfig
 from sw_transplant.find.match import Match
 from sw_transplant.find.shared import active_count, shared_tile
 from sw_transplant.forms import DenseKernel, add_kernels, embed
@@ -36,6 +36,7 @@ class SharedSpec:
             relative to those of the original; None where it was not.
         agreement: on how many of how many images that were held out the whole network chose the original's class;
             None where none were.
+        orders: by which rule they were first chosen; those of the module are in its state_dict.
     """
 
     kernel_size: int
@@ -48,6 +49,7 @@ class SharedSpec:
     energy_kept: float
     response_error: float | None = None
     agreement: tuple[int, int] | None = None
+    orders: OrderRule = "random"
 
     def to_dict(self) -> dict[str, Any]:
         """The specification, ready for JSON."""
@@ -95,6 +97,7 @@ class SharedSpec:
             ghost=self.ghosts or 0.0,
             residual=self.residual,
             stride=match.stride,
+            orders=self.orders,
             seed=self.seed,
             form=form,
             match=match,
@@ -132,10 +135,11 @@ def build_shared(original: ShiftwiseConv2d, match: Match, config: SWConfig) -> S
     energy = target.weight.double().cpu().square().sum((1, 2, 3))
     # The module of the paper adds its input. A kernel without a marked centre is met better without that.
     solved = []
-    for residual in (True, False):
+    for residual in (True, False) if config.residual == "auto" else (config.residual,):
         spec = SharedSpec(
-            max(original.kernel_size), tile, config.edge_count, config.paths, (), residual, config.seed, 0.0
-        )
+            max(original.kernel_size), tile, config.edge_count, config.paths, (), residual, config.seed, 0.0,
+            orders=config.orders,
+        )  # fmt: skip
         whole = spec.build(match, form="assembled", device=torch.device("cpu"), dtype=torch.float64)
         solved.append((spec, whole, *_closest(whole, target)))
     spec, whole, bank, kept = max(solved, key=lambda attempt: float((attempt[3] * energy).sum()))

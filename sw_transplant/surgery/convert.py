@@ -13,7 +13,9 @@ from sw_transplant.find.keep import keep_attributes
 from sw_transplant.find.match import Inspection, Match, NoLargeKernelError
 from sw_transplant.find.search import inspect_model
 from sw_transplant.find.select import Select
+from sw_transplant.find.shared import shared_tile
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.approximate import build_shared
 from sw_transplant.surgery.calibration.calibrate import calibrate
 from sw_transplant.surgery.calibration.options import Calibration
@@ -42,7 +44,8 @@ def convert(
     to the original kernels as least squares can bring it. That changes the function: :func:`summary` tells which share
     of the kernels' energy is kept; fine-tune the model. With ``calibration`` images the modules are fitted to what the
     original layers answer on them instead, one after the other in the order of execution (docs/transplanting.md): some
-    ten unlabelled images keep most of the accuracy.
+    ten unlabelled images keep most of the accuracy. Where all layers are Shiftwise already, and have another
+    configuration than this mode asks for, nothing would happen: that is an error.
 
     Args:
         model: any module; call :func:`inspect_model` to see what will be converted, and what not and why.
@@ -61,7 +64,7 @@ def convert(
     Raises:
         NoLargeKernelError: there is nothing to convert, and nothing was converted before.
         ValueError: ``model`` or an argument is not what it should be; calibration images that are none, are not finite,
-            do not reach a layer, or are too few for it.
+            do not reach a layer, or are too few for it; Shiftwise layers that would have to change.
 
     In every case of an error the model is left as it was.
 
@@ -76,6 +79,8 @@ def convert(
     inspection = inspect_model(model, config, select=select)  # which refuses what is no configuration
     if not inspection.matches and not inspection.converted:
         raise NoLargeKernelError(_nothing_found(inspection, config))
+    if not inspection.matches:
+        _refuse_other_modules(model, config)
     _check_patterns(inspection, config)
     hosts = hosts_of(model)
     for host in hosts:
@@ -102,6 +107,11 @@ def _convert_calibrated(
     if config.mode != "shiftwise":
         raise ValueError(
             f"convert: calibration with mode {config.mode!r}, whose function is exact; expected mode 'shiftwise'"
+        )
+    if config.residual is False or config.orders != "random":
+        raise ValueError(
+            f"convert: calibration with residual={config.residual} and orders={config.orders!r}; "
+            "expected residual True or 'auto', and 'random' orders, among which it chooses"
         )
     if calibration is None:
         raise ValueError("convert: ghost_budget 'global' compares layers by their responses; give calibration=images")
@@ -189,6 +199,42 @@ def _refuse_wrappers(model: nn.Module) -> None:
             raise ValueError(
                 f"{path or 'model'}: it is wrapped by {wrapper}, expected a plain model; convert first, then wrap it"
             )
+
+
+def _refuse_other_modules(model: nn.Module, config: SWConfig) -> None:
+    """Says that nothing would happen: all layers are Shiftwise already, and some not as the configuration says."""
+    if config.mode != "shiftwise":
+        return
+    for path, module in model.named_modules():
+        if isinstance(module, ShiftwiseConv2d) and (difference := _difference(module, config)):
+            raise ValueError(
+                f"{path or 'model'}: it is Shiftwise already, with {difference}; convert leaves such layers as they "
+                "are. Build the network with these settings (sw_transplant.science.ladder), or convert the original"
+            )
+
+
+def _difference(module: ShiftwiseConv2d, config: SWConfig) -> str:
+    """What a module has another way than a configuration of mode ``"shiftwise"``; empty for nothing."""
+    if not isinstance(module, SWConv2d):
+        return "kernels that are laid out instead of mode 'shiftwise'"
+    if module.merged:
+        return "its kernels merged"
+    pairs = {
+        "tile": (module.tile, shared_tile(config)),
+        "edges": (module.edges, config.edge_count),
+        "paths": (len(module.paths), config.paths),
+    }
+    for name, (own, wanted) in pairs.items():
+        if own != wanted:
+            return f"{name}={own} instead of {wanted}"
+    if config.residual not in ("auto", module.residual):
+        return f"residual={module.residual} instead of {config.residual}"
+    # Rounding to whole or even numbers of channels differs between the published networks.
+    wanted_ghosts = config.ghost * module.in_channels
+    far = abs(len(module.ghosts) - wanted_ghosts) > 2 or bool(len(module.ghosts)) != bool(config.ghost)
+    if config.ghost_budget == "layer" and far:
+        return f"{len(module.ghosts)} ghosts of {module.in_channels} channels instead of {wanted_ghosts:.0f}"
+    return ""
 
 
 def _nothing_found(inspection: Inspection, config: SWConfig) -> str:

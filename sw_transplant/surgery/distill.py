@@ -24,7 +24,7 @@ from sw_transplant.surgery.names import no_weight_decay
 class Distiller:
     """The loss of a student against its teacher: a criterion for any training loop.
 
-    While it is attached, every call of the student in train mode runs the teacher on the same arguments. The loss is
+    While it is attached, it keeps the arguments of the student's last call; the loss runs the teacher on them. It is
 
         temperature**2 * KL(teacher's classes || student's)
         + feature_weight * mean over blocks of |student's output - teacher's|**2 / |teacher's|**2
@@ -60,8 +60,8 @@ class Distiller:
         self.blocks = _replaced_blocks(student, teacher)
         self._mine: dict[str, Tensor] = {}
         self._theirs: dict[str, Tensor] = {}
-        self._target: Any = None
-        self._hooks: list[Any] = [student.register_forward_pre_hook(self._run_teacher, with_kwargs=True)]
+        self._call: tuple[Any, Any] | None = None
+        self._hooks: list[Any] = [student.register_forward_pre_hook(self._keep_call, with_kwargs=True)]
         if feature_weight:
             for path in self.blocks:
                 for model, into in ((student, self._mine), (teacher, self._theirs)):
@@ -72,6 +72,7 @@ class Distiller:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._call = None
 
     def __call__(self, output: Any, labels: Any = None, *_: Any, **__: Any) -> Tensor:
         """The loss of the student's last output.
@@ -81,12 +82,13 @@ class Distiller:
             labels: int64 ``(B,)``; None where there are none. Also a dict of transformers with ``labels``.
 
         Raises:
-            ValueError: the student was not called in train mode before, or has no logits and no blocks to compare.
+            ValueError: the student was not called before, or has no logits and no blocks to compare.
         """
-        if self._target is None:
-            raise ValueError("Distiller: no output of the teacher; call the student in train mode before its loss")
+        if self._call is None:
+            raise ValueError("Distiller: the student was not called since the last loss; call it, then its loss")
+        target = self._ask_teacher(*self._call)
         terms = [self.feature_weight * self._feature_loss()] if self.feature_weight and self._theirs else []
-        mine, theirs = _logits(output), _logits(self._target)
+        mine, theirs = _logits(output), _logits(target)
         if mine is not None and theirs is not None:
             t = self.temperature
             mine, theirs = mine.float() / t, theirs.float() / t
@@ -103,7 +105,7 @@ class Distiller:
             )
         self._mine.clear()
         self._theirs.clear()
-        self._target = None
+        self._call = None
         return torch.stack(terms).sum()
 
     def _feature_loss(self) -> Tensor:
@@ -113,14 +115,14 @@ class Distiller:
             losses.append((mine - theirs.float()).square().mean() / theirs.float().square().mean().clamp(min=1e-12))
         return torch.stack(losses).mean()
 
-    def _run_teacher(self, student: nn.Module, args: Any, kwargs: Any) -> None:
-        if not student.training:
-            return
+    def _keep_call(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        self._call = torch.utils._pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+
+    def _ask_teacher(self, args: Any, kwargs: Any) -> Any:
         flags = [(module, module.training) for module in self.teacher.modules()]
-        copied = torch.utils._pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
         try:
             with torch.no_grad():
-                self._target = self.teacher.eval()(*copied[0], **copied[1])
+                return self.teacher.eval()(*args, **kwargs)
         finally:
             for module, training in flags:
                 module.training = training
@@ -201,7 +203,7 @@ def distill(
                     loss = distiller(output, labels)
                     if not bool(torch.isfinite(loss)):
                         raise ValueError(
-                            f"distill: the loss of epoch {epoch} is {float(loss)}; lower the learning_rate"
+                            f"distill: the loss of epoch {epoch} is {float(loss.detach())}; lower the learning_rate"
                         )
                     optimizer.zero_grad()
                     loss.backward()

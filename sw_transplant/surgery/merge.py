@@ -37,7 +37,8 @@ def merge(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     two strips of SLaK, whose sum would be a 51 x 51) becomes a :class:`ParallelConv2d`. Zero padding that differs from
     side to side becomes ``padding="same"`` or an :class:`UnevenConv2d`, one that depends on the map a
     :class:`SameConv2d`; ``padding`` is as it was written before the conversion. What weights and biases require of
-    gradients, attributes of parameters and flags on layers are kept.
+    gradients, attributes of parameters and flags on layers are kept. Under autocast, an input that a sum adds is
+    rounded with the kernel that it went into; before merging it is not.
 
     Args:
         model: a converted model.

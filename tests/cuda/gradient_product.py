@@ -5,7 +5,7 @@ import torch
 
 from sw_transplant.cuda.toeplitz.gradient.plan import ROWS, GradientPlan
 from sw_transplant.cuda.toeplitz.gradient.product import multiply, spread
-from sw_transplant.cuda.toeplitz.plan import Copy, Region
+from sw_transplant.cuda.toeplitz.plan import Area, Copy
 from tests.cuda.lockstep import LANES, Lockstep
 
 
@@ -17,18 +17,19 @@ def words_of(values: torch.Tensor, math: str) -> np.ndarray:
     return values.view(torch.int16).numpy().view(np.uint32)
 
 
-def stage(plane: np.ndarray, image: torch.Tensor, copy: Copy, region: Region, corner, math: str) -> None:
-    """A region of a copy, value by value as the plan describes it, for the tile that begins at `corner`."""
+def stage(plane: np.ndarray, image: torch.Tensor, copy: Copy, area: Area, corner, math: str) -> None:
+    """An area of a map, value by value as the plan describes it, for the tile that begins at `corner`."""
     values = copy.step[1]
-    for row in range(region.row, region.row + region.rows):
-        line = torch.zeros(region.words * values, dtype=image.dtype)
-        y = corner[0] + copy.row + row
+    for row in range(area.row, area.row + area.rows):
+        line = torch.zeros(copy.pitch * values, dtype=image.dtype)
+        y = corner[0] + row
         for i in range(len(line)):
-            x = corner[1] + copy.column + region.word * values + i
-            if 0 <= y < image.shape[0] and 0 <= x < image.shape[1]:
+            x = corner[1] + copy.column + i
+            inside = area.column <= copy.column + i < area.column + area.columns
+            if inside and 0 <= y < image.shape[0] and 0 <= x < image.shape[1]:
                 line[i] = image[y, x]
-        begin = copy.first + row * copy.pitch + region.word
-        plane[begin : begin + region.words] = words_of(line, math)
+        begin = copy.first + (row - copy.row) * copy.pitch
+        plane[begin : begin + copy.pitch] = words_of(line, math)
 
 
 def staged_planes(plan: GradientPlan, images: torch.Tensor, grads: torch.Tensor) -> list[np.ndarray]:
@@ -41,8 +42,8 @@ def staged_planes(plan: GradientPlan, images: torch.Tensor, grads: torch.Tensor)
             memory = np.full(plan.planes * plan.plane_words, 0xFFFFFFFF, np.uint32)
             plane = memory[(plan.planes - 1) * plan.plane_words :]
             plane[:] = 0
-            stage(plane, image, plan.map_copy, plan.map_region, corner, plan.math)
-            stage(plane, grad, plan.grad_copy, plan.grad_region, corner, plan.math)
+            stage(plane, image, plan.map_copy, plan.map_area, corner, plan.math)
+            stage(plane, grad, plan.grad_copy, plan.grad_area, corner, plan.math)
             planes.append(memory)
     return planes
 

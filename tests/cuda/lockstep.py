@@ -46,13 +46,14 @@ class Lockstep:
         for i in range(2):
             right[WORD + 4 * i, ROW] = self._values(b[i])
         product = np.einsum("rkv,kcv->rc", left, right)
-        return [
-            (c[i] + product[ROW + 8 * (i // 2), 2 * WORD + i % 2].astype(np.float32)).astype(np.float32)
-            for i in range(4)
-        ]
+        return [self.sum(c[i], product[ROW + 8 * (i // 2), 2 * WORD + i % 2]) for i in range(4)]
 
     def add(self, first, second):
         return [a + b for a, b in zip(first, second, strict=True)]
+
+    def sum(self, before, product):
+        """What is added to sums of float32, in float64; rounded."""
+        return (before + product.astype(np.float32)).astype(np.float32)
 
     def repeat(self, times, body, state, first=0, by=1):
         numbers = range(of_warp(first), times, by)
@@ -79,6 +80,19 @@ class Lockstep:
         if self.math == "float16":
             return halves.view(np.float16).astype(np.float64)
         return (halves.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+class Cutting(Lockstep):
+    """Adds as tensor cores may: what is beyond the last bit of a sum is cut off, whatever its sign."""
+
+    def add(self, first, second):
+        return [a + b for a, b in zip(first, second, strict=True)]
+
+    def sum(self, before, product):
+        exact = before.astype(np.float64) + product
+        nearest = exact.astype(np.float32)
+        beyond = np.abs(nearest) > np.abs(exact)
+        return np.where(beyond, np.nextafter(nearest, np.float32(0)), nearest)
 
 
 def of_warp(value):

@@ -8,6 +8,7 @@ alignment.
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -30,8 +31,8 @@ ARITHMETIC: dict[str, Callable] = {"add": operator.add, "sub": operator.sub, "an
 
 
 def bits_of(tensor: torch.Tensor) -> np.ndarray:
-    """The memory of a tensor: float32, or both 16-bit types as uint16."""
-    flat = tensor.flatten()
+    """The memory of a tensor, contiguous or channels_last: float32, or both 16-bit types as uint16."""
+    flat = (tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)).flatten()
     return flat.numpy() if tensor.dtype == torch.float32 else flat.view(torch.int16).numpy().view(np.uint16)
 
 
@@ -62,16 +63,20 @@ class Program:
 class Machine:
     """Global memory, and launches of one program."""
 
-    def __init__(self, program: Program, shared_bytes: int) -> None:
-        self.program, self.shared_bytes = program, shared_bytes
+    def __init__(self, program: Program, shared_bytes: int, ops: type[Lockstep] = Lockstep) -> None:
+        """ops: how matrix products are added up."""
+        self.program, self.shared_bytes, self.ops = program, shared_bytes, ops
         self.buffers: list[tuple[int, np.ndarray]] = []
-        self.executed = 0
+        self.executed: Counter[str] = Counter()
 
     def address(self, memory: np.ndarray) -> int:
         """Where a flat array lies in global memory."""
         base = (len(self.buffers) + 1) << 36
         self.buffers.append((base, memory))
         return base
+
+    def note(self, operation: str, space: str, addresses: np.ndarray, nbytes: int) -> None:
+        """Called for what an instruction does to memory: `nbytes` at the address of each lane that is active."""
 
     def launch(self, grid: int, threads: int, arguments: list[int]) -> None:
         shared = np.full(self.shared_bytes // 4, 0xFFFFFFFF, np.uint32)
@@ -82,13 +87,13 @@ class Machine:
                     warp.run()
                 warps = [warp for warp in warps if not warp.done]  # the others are at the barrier
 
-    def find(self, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The buffer that addresses point into, and the bytes from its beginning."""
+    def find(self, addresses: np.ndarray, nbytes: int) -> tuple[np.ndarray, np.ndarray]:
+        """The buffer in which `nbytes` at each address lie, and how far they are from its beginning."""
         for base, memory in self.buffers:
             if base <= addresses[0] < base + memory.nbytes:
                 offsets = (addresses - np.uint64(base)).astype(np.int64)
                 assert 0 <= offsets.min(), "before the memory of a tensor"
-                assert offsets.max() < memory.nbytes, "beyond the memory of a tensor"
+                assert offsets.max() + nbytes <= memory.nbytes, "beyond the memory of a tensor"
                 return memory, offsets
         raise AssertionError(f"address {addresses[0]:#x} is in no tensor")
 
@@ -113,7 +118,7 @@ class Warp:
                 place = int(self.at.min())
                 mask = self.at == place
                 guard, negated, name, operands = self.program.lines[place]
-                self.machine.executed += 1
+                self.machine.executed[name] += 1
                 self.at[mask] += 1
                 active = mask
                 if guard is not None:
@@ -138,7 +143,7 @@ class Warp:
             math = {"tf32": "tf32", "f16": "float16", "bf16": "bfloat16"}[modifiers[-2]]
             d, a, b, c = (self._group(operand) for operand in operands)
             words = [[self.read(r, "b32") for r in group] for group in (a, b)]
-            sums = Lockstep(None, math).mma(*words, [self.read(r, "f32") for r in c])
+            sums = self.machine.ops(None, math).mma(*words, [self.read(r, "f32") for r in c])
             for register, value in zip(d, sums, strict=True):
                 self.write(register, value, active)
         elif operation == "ldmatrix":
@@ -151,6 +156,7 @@ class Warp:
                 word = (addresses[8 * i + ROW].astype(np.int64) - SHARED_BASE) // 4 + WORD
                 assert 0 <= word.min()
                 words = self.shared[word]
+                self.machine.note("ldmatrix", "shared", addresses[8 * i : 8 * i + 8], 16)
                 self.write(register, transpose(words) if "trans" in modifiers else words, active)
         elif operation in ("ld", "st"):
             self._memory(operation, modifiers, operands, active)
@@ -200,6 +206,9 @@ class Warp:
         if operation == "neg":
             return -values[0]
         if operation in ("mul", "mad"):
+            if modifiers[0] == "hi":  # the upper half of a product of 64 bits
+                wide = [value.astype(np.int64 if kind[0] == "s" else np.uint64) for value in values[:2]]
+                return (wide[0] * wide[1] >> wide[0].dtype.type(32)).astype(TYPES[kind])
             if modifiers[0] == "wide":
                 kind = kind[0] + str(2 * int(kind[1:]))
                 values[:2] = (value.astype(TYPES[kind]) for value in values[:2])
@@ -223,8 +232,9 @@ class Warp:
             assert 0 <= offsets.min(), "before shared memory"
             assert offsets.max() + size * len(group) <= memory.nbytes, "beyond shared memory"
         else:
-            memory, offsets = self.machine.find(addresses)
-        elements = memory.view(UNSIGNED[size])
+            memory, offsets = self.machine.find(addresses, size * len(group))
+        self.machine.note(operation, space, addresses, size * len(group))
+        elements = memory[: memory.nbytes // size * size // memory.itemsize].view(UNSIGNED[size])
         for i, register in enumerate(group):
             where = offsets // size + i
             if operation == "st":

@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 import torch
 from numba import cuda
 
+from sw_transplant.cuda.toeplitz import launcher
 from sw_transplant.cuda.toeplitz.kernel import toeplitz_source
 from sw_transplant.cuda.toeplitz.launcher import divide
-from sw_transplant.cuda.toeplitz.plan import Plan
+from sw_transplant.cuda.toeplitz.plan import Plan, widest_vector
 from sw_transplant.cuda.toeplitz.product import multiply, spread
 from sw_transplant.cuda.toeplitz.settings import choose_plan
 from sw_transplant.cuda.toeplitz.staging import DTYPES
 from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference
 from tests.cuda.lockstep import Lockstep
-from tests.cuda.simulation import Warps, bits, main, memory, stored, vector
-from tests.cuda.toeplitz_cases import Tiles
+from tests.cuda.simulation import Warps, bits, main, memory, vector
+from tests.cuda.toeplitz_cases import DEVICES, Tiles
 
 BOUNDS = {"tf32": 1e-3, "tf32x3": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
 
@@ -45,16 +46,18 @@ def simulated_products(plan: Plan):
 
 
 def run(plan, x, weights, bias, residual) -> torch.Tensor:
-    out = torch.full_like(x, float("nan"))
+    out = bits(torch.full_like(x, float("nan")))
     source = toeplitz_source(plan, bias is not None, residual, simulated_products(plan))
-    grid = divide(plan, x.shape[0], x.shape[1], tuple(x.shape[2:]))
+    launcher.choose_turns = lambda groups, *_: min(groups, 2)
+    grid = divide(plan, x.shape[0], x.shape[1], tuple(x.shape[2:]), DEVICES[9, 0])
     pointers = [bits(weights[min(i, len(weights) - 1)]) for i in range(4)]
     sizes = (*x.shape, *grid.tiles, grid.turns)
     kernel = cuda.jit(source.function)
     kernel[grid.blocks, plan.threads, 0, 4 * plan.shared_words](
-        stored(x), bits(x), *pointers, stored(x if bias is None else bias), stored(out), *sizes
+        bits(x), *pointers, bits(x if bias is None else bias), out, *sizes
     )
-    return out
+    values = torch.from_numpy(out if x.dtype == torch.float32 else out.view("int16")).view(x.dtype)
+    return values.as_strided(x.shape, x.stride())
 
 
 Origins = list[tuple[int, int]]
@@ -75,12 +78,17 @@ class Case:
     residual: bool = False
     tiles: Tiles | None = None
     square_axis: int | None = None  # contracts all kernels along this axis
+    planes: tuple[int, int] | None = None  # of a thread block, and rounds, for channels_last maps
 
     def padding(self):
         return self.origins or tuple((kh // 2, kw // 2) for kh, kw in self.sizes)
 
     def plan(self, math: str) -> Plan:
-        plan = choose_plan(math, self.size, self.sizes, self.padding(), 227 * 1024, 228 * 1024)
+        plan = choose_plan(math, self.size, self.sizes, self.padding(), DEVICES[9, 0])
+        if self.planes is not None:
+            planes, rounds = self.planes
+            vector = min(planes, widest_vector(math, self.channels))
+            plan = replace(plan, channels_last=True, planes=planes, rounds=rounds, vector=vector)
         if self.square_axis is not None:
             plan = replace(plan, kernels=tuple(replace(kernel, axis=self.square_axis) for kernel in plan.kernels))
         return plan if self.tiles is None else self.tiles.applied(plan, self.size)
@@ -108,6 +116,18 @@ CASES = [
     Case("padding before a row only", (9, 12), ((8, 4),), origins=((3, 3),), batch=2),
     Case("outside the map", (9, 9), ((3, 5), (5, 3)), ("tf32", "bfloat16"), origins=((-2, 6), (7, -1))),
     Case("a point", (5, 7), ((1, 1),), bias=True),
+    Case(
+        "channels last, strips, channels beside the last",
+        (13, 14),
+        ((9, 3), (3, 9)),
+        channels=12,
+        planes=(8, 2),
+        batch=2,
+        bias=True,
+        residual=True,
+    ),
+    Case("channels last, one at a time", (9, 23), ((7, 7),), channels=3, planes=(2, 1), batch=3, bias=True),
+    Case("channels last, a halo", (20, 21), ((7, 3), (3, 7)), channels=4, planes=(4, 4), tiles=Tiles(1, 1, 2)),
     Case("one pixel", (1, 1), ((5, 3), (3, 5), (3, 3), (1, 1)), ("tf32", "float16"), batch=5, residual=True),
 ]
 
@@ -117,6 +137,8 @@ def check(case: Case, math: str) -> float:
     generator = torch.Generator().manual_seed(len(case.name))
     dtype = DTYPES[math]
     x = torch.randn(case.batch, case.channels, *case.size, generator=generator).to(dtype)
+    if case.planes is not None:
+        x = x.contiguous(memory_format=torch.channels_last)
     weights = [(torch.randn(case.channels, 1, *size, generator=generator) / 8).to(dtype) for size in case.sizes]
     bias = torch.randn(case.channels, generator=generator).to(dtype) if case.bias else None
     plan = case.plan(math)

@@ -44,14 +44,9 @@ def vector(slots, i):
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's memory as `raw` values: float32, or uint16 for both 16-bit types."""
-    flat = tensor.contiguous().flatten()
+    """The tensor's memory, contiguous or channels_last: float32, or uint16 for both 16-bit types."""
+    flat = (tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)).contiguous().flatten()
     return flat.numpy() if tensor.dtype == torch.float32 else flat.view(torch.int16).numpy().view(np.uint16)
-
-
-def stored(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's memory as `Scalar.stored`: bfloat16 as uint16."""
-    return bits(tensor) if tensor.dtype == torch.bfloat16 else tensor.contiguous().flatten().numpy()
 
 
 class Poisoned(kernelapi.FakeCUDAShared):

@@ -13,7 +13,7 @@ from tests.sampling import sample
 SHAPES = {"strips": ((2, 5, 56, 56), [(51, 5), (5, 51)]), **on_gpu.SHAPES}
 
 
-@pytest.mark.parametrize(("options", "runs"), sample([((), 14), (("--all",), 48)], [((), 14)]))
+@pytest.mark.parametrize(("options", "runs"), sample([((), 17), (("--all",), 60)], [((), 17)]))
 def test_bodies_in_the_simulator(simulate, options, runs: int) -> None:
     output = simulate("simulate_toeplitz.py", *options)
     assert output.count("relative error") == runs

@@ -17,7 +17,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(("options", "runs"), sample([((), 11), (("--all",), 23)], [((), 11)]))
+@pytest.mark.parametrize(("options", "runs"), sample([((), 13), (("--all",), 29)], [((), 13)]))
 def test_bodies_in_the_simulator(simulate, options, runs: int) -> None:
     output = simulate("simulate_toeplitz_gradient.py", *options)
     assert output.count("relative error") == runs

@@ -1,5 +1,7 @@
 """The weight-gradient kernels as compiled, in an interpreter of PTX, against PyTorch's gradients in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
 
 from sw_transplant.cuda import toeplitz as kernels
 from sw_transplant.cuda.intrinsics import SIMULATOR
+from sw_transplant.cuda.toeplitz.division import Device
 from sw_transplant.cuda.toeplitz.gradient import launcher
 from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
 from sw_transplant.cuda.toeplitz.staging import DTYPES
@@ -15,7 +18,7 @@ from sw_transplant.ops.toeplitz_selftest import weight_grad_self_test
 from tests.cuda.assembler import compile_to_ptx
 from tests.cuda.gradient_error import gradient_error
 from tests.cuda.ptx_machine import Machine, Program, bits_of
-from tests.cuda.toeplitz_cases import SHARED_LIMITS, Layer, strips
+from tests.cuda.toeplitz_cases import DEVICES, Layer, strips
 
 pytestmark = pytest.mark.skipif(SIMULATOR, reason="the simulator compiles nothing")
 BOUNDS = {"tf32": 5e-4, "tf32x3": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
@@ -56,6 +59,33 @@ def test_compiled_kernel(layer: Layer, batch: int, division, math: str, interpre
     assert error <= BOUNDS[math], error
 
 
+@pytest.mark.parametrize(
+    ("layer", "channels", "math"),
+    [
+        (Layer((13, 11), strips(9, 3)), 6, "float16"),
+        (Layer((17, 18), ((7, 7),)), 3, "tf32"),
+        *(
+            pytest.param(layer, channels, math, marks=pytest.mark.exhaustive)
+            for layer in (Layer((13, 11), strips(9, 3)), Layer((30, 20), ((13, 13),)))
+            for channels in (3, 6, 20)
+            for math in BOUNDS
+        ),
+    ],
+    ids=str,
+)
+def test_both_memory_formats_give_the_same_bits(layer: Layer, channels: int, math: str, interpreted: list) -> None:
+    plan = layer.gradient_plan(math, channels=channels)
+    maps = images(layer, math, 3, channels)
+    views = [tensor.contiguous(memory_format=torch.channels_last) for tensor in maps]
+    results = launcher.toeplitz_weight_grad(*views, plan)
+    assert gradient_error(results, *maps, layer.sizes, [o for pair in layer.origins for o in pair]) <= BOUNDS[math]
+    same = replace(plan, channels_last=False, planes=1, vector=1)
+    contiguous = launcher.toeplitz_weight_grad(*maps, same)
+    assert len(interpreted) == 2
+    for first, second in zip(results, contiguous, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)  # chunks may be others
+
+
 def test_operator(interpreted: list, monkeypatch: pytest.MonkeyPatch) -> None:
     """From tensors of any layout to gradients, with the plan that a GPU would get."""
     layer = Layer((9, 10), strips(5, 2))
@@ -63,7 +93,7 @@ def test_operator(interpreted: list, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, origins = ([v for pair in pairs for v in pair] for pairs in (layer.sizes, layer.origins))
     monkeypatch.setattr(operators, "_weight_grad_plan", lambda *arguments: plan)
     x, grad = images(layer, "float16", 2)
-    views = x.contiguous(memory_format=torch.channels_last), grad.transpose(2, 3).contiguous().transpose(2, 3)
+    views = [tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in (x, grad)]
     assert not any(view.is_contiguous() for view in views)
     results = operators.toeplitz_weight_grad(*views, sizes, origins)
     assert len(interpreted) == 1
@@ -74,8 +104,8 @@ def test_operator(interpreted: list, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_self_test(interpreted: list, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a device is asked before the kernel is used, with the plan that a GPU would get."""
 
-    def plan_for(x, sizes, origins):
-        return choose_gradient_plan("tf32", x.shape[2:], tuple(sizes), tuple(origins), *SHARED_LIMITS[9, 0])
+    def plan_for(x, grad, sizes, origins):
+        return choose_gradient_plan("tf32", x.shape[2:], tuple(sizes), tuple(origins), DEVICES[9, 0])
 
     monkeypatch.setattr(kernels, "weight_grad_plan_for", plan_for)
     weight_grad_self_test.cache_clear()
@@ -84,9 +114,9 @@ def test_self_test(interpreted: list, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(interpreted) == 1
 
 
-def images(layer: Layer, math: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+def images(layer: Layer, math: str, batch: int, channels: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(batch, 2, *layer.size, generator=generator).to(DTYPES[math]) for _ in range(2))
+    x, grad = (torch.randn(batch, channels, *layer.size, generator=generator).to(DTYPES[math]) for _ in range(2))
     return x, grad
 
 
@@ -104,5 +134,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list:
         )
 
     monkeypatch.setattr(launcher, "launch", launch)
-    monkeypatch.setattr(launcher, "ENOUGH_BLOCKS", 4)  # so that a block takes several turns
+    few = Device(1, 227 * 1024, 228 * 1024, blocks=4)  # blocks, so that one takes several turns
+    monkeypatch.setattr(launcher, "device_of", lambda index: few)
     return launches

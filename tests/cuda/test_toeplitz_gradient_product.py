@@ -13,8 +13,8 @@ from sw_transplant.cuda.toeplitz.staging import DTYPES
 from sw_transplant.ops.toeplitz_reference import toeplitz_weight_grad_reference
 from tests.cuda.gradient_error import gradient_error
 from tests.cuda.gradient_product import gradients
-from tests.cuda.lockstep import Lockstep
-from tests.cuda.toeplitz_cases import LAYERS, MATHS, SHARED_LIMITS, Layer, strips
+from tests.cuda.lockstep import Cutting, Lockstep
+from tests.cuda.toeplitz_cases import DEVICES, LAYERS, MATHS, Layer, strips
 
 BOUNDS = {"tf32": 6e-4, "tf32x3": 5e-7, "float16": 5e-7, "bfloat16": 5e-7}  # nothing but TF32 is rounded here
 SMALL = [layer for layer in LAYERS if layer.size[0] * layer.size[1] <= 28 * 28]
@@ -75,7 +75,7 @@ def test_divisions_of_the_work(division: str, math: str) -> None:
 )
 def test_any_origin_along_both_axes(sizes, origins, lines: int, axis: int, math: str) -> None:
     size = (11, 13)
-    plan = choose_gradient_plan(math, size, sizes, origins, *SHARED_LIMITS[9, 0])
+    plan = choose_gradient_plan(math, size, sizes, origins, DEVICES[9, 0])
     kernels = tuple(replace(kernel, axis=axis) for kernel in plan.kernels)
     plan = replace(plan, kernels=kernels, lines=(lines,) * len(sizes), planes=1, registers=255)
     assert error(plan, *images(size, math)) <= BOUNDS[math]
@@ -83,24 +83,10 @@ def test_any_origin_along_both_axes(sizes, origins, lines: int, axis: int, math:
 
 def test_a_kernel_beside_the_map_across_its_lines() -> None:
     size, sizes, origins = (9, 9), ((3, 3), (3, 5)), ((1, 1), (-15, 2))
-    plan = choose_gradient_plan("float16", size, sizes, origins, *SHARED_LIMITS[9, 0])
+    plan = choose_gradient_plan("float16", size, sizes, origins, DEVICES[9, 0])
     _, beside = gradients(plan, *images(size, "float16"))
     assert plan.kernels[1].axis == 1
     assert not beside.any()
-
-
-class Truncating(Lockstep):
-    """Adds as the hardware may: what is beyond the last bit of a sum is cut off, whatever its sign."""
-
-    def mma(self, a, b, c):
-        zero = [np.zeros(32, np.float32)] * 4
-        sums = []
-        for value, product in zip(c, super().mma(a, b, zero), strict=True):
-            exact = value.astype(np.float64) + product
-            nearest = exact.astype(np.float32)
-            beyond = np.abs(nearest) > np.abs(exact)
-            sums.append(np.where(beyond, np.nextafter(nearest, np.float32(0)), nearest))
-        return sums
 
 
 def test_truncation_does_not_add_up_over_images() -> None:
@@ -110,5 +96,5 @@ def test_truncation_does_not_add_up_over_images() -> None:
     x, grad = (torch.rand(24, *layer.size, generator=generator) + 0.5 for _ in range(2))
     flat = [[v for pair in pairs for v in pair] for pairs in (layer.sizes, layer.origins)]
     expected = toeplitz_weight_grad_reference(x[:, None].double(), grad[:, None].double(), *flat)
-    for result, reference in zip(gradients(layer.gradient_plan("tf32x3"), x, grad, Truncating), expected, strict=True):
+    for result, reference in zip(gradients(layer.gradient_plan("tf32x3"), x, grad, Cutting), expected, strict=True):
         assert np.abs(result / reference[0, 0].numpy() - 1).max() <= 5e-7

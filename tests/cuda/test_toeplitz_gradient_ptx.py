@@ -30,14 +30,27 @@ ALL = [(layer, math, (9, 0)) for layer in LAYERS + MORE for math in MATHS]
 ALL += [(layer, math, capability) for layer in LAYERS + MORE for math in MATHS[:3] for capability in ((8, 0), (8, 6))]
 
 
-def check(layer: Layer, math: str, capability: tuple[int, int], folder: Path) -> None:
-    plan = layer.gradient_plan(math, capability)
+def check(layer: Layer, math: str, capability: tuple[int, int], folder: Path, channels: int = 0) -> None:
+    plan = layer.gradient_plan(math, capability, channels)
+    if plan is None and channels:
+        return  # no room for several channels: contiguous copies are made
     check_assembled(gradient_source(plan), capability, plan.registers, folder)
 
 
 @pytest.mark.parametrize(("layer", "math", "capability"), QUICK, ids=str)
 def test_some_kernels_assemble_without_spills(layer, math, capability, tmp_path) -> None:
     check(layer, math, capability, tmp_path)
+
+
+def test_channels_last(tmp_path) -> None:
+    check(LAYERS[0], "float16", (9, 0), tmp_path, channels=124)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("channels", [124, 249])
+@pytest.mark.parametrize(("layer", "math", "capability"), ALL, ids=str)
+def test_all_channels_last(layer, math, capability, channels: int, tmp_path) -> None:
+    check(layer, math, capability, tmp_path, channels=channels)
 
 
 @pytest.mark.exhaustive

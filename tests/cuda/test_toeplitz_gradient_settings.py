@@ -13,8 +13,9 @@ from sw_transplant.cuda.toeplitz.gradient.launcher import MOST_TURNS, divide_gra
 from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
 from sw_transplant.cuda.toeplitz.gradient.product import count, multiply, spread
 from sw_transplant.cuda.toeplitz.gradient.settings import MOST_SUMS, MOST_WARPS, choose_gradient_plan
+from sw_transplant.cuda.toeplitz.plan import unit
 from sw_transplant.cuda.toeplitz.tally import Tally
-from tests.cuda.toeplitz_cases import LAYERS, MATHS, SHARED_LIMITS, Layer, strips
+from tests.cuda.toeplitz_cases import DEVICES, LAYERS, MATHS, Layer, strips
 from tests.sampling import sample
 
 SIZES = [(1, 1), (7, 7), (13, 29), (28, 28), (56, 56), (33, 72), (65, 97), (130, 40), (40, 130), (512, 2048)]
@@ -64,19 +65,22 @@ class Trace(Tally):
 @pytest.mark.parametrize(("math", "size", "sizes", "capability"), sample(PLANS, QUICK), ids=str)
 def test_limits_and_addresses(math, size, sizes, capability) -> None:
     origins = tuple(((kh - 1) // 2, kw // 2) for kh, kw in sizes)
-    plan = choose_gradient_plan(math, size, sizes, origins, *SHARED_LIMITS[capability])
+    plan = choose_gradient_plan(math, size, sizes, origins, DEVICES[capability])
     assert plan is not None
-    assert 4 * plan.shared_words <= SHARED_LIMITS[capability][0]
+    assert 4 * plan.shared_words <= DEVICES[capability].shared_limit
     assert plan.warps <= MOST_WARPS
     assert plan.most_resident >= 1
     assert plan.sums <= MOST_SUMS
     for whole, extent, tile in zip(plan.whole, size, plan.tile, strict=True):
         assert tile == extent if whole is not None else tile % 16 == 0
         assert whole in (None, extent)
-    for copy, region in ((plan.grad_copy, plan.grad_region), (plan.map_copy, plan.map_region)):
+    for copy, area in ((plan.grad_copy, plan.grad_area), (plan.map_copy, plan.map_area)):
         assert copy.first % 4 == 0
-        assert 0 <= region.row <= region.row + region.rows <= copy.rows
-        assert 0 <= region.word <= region.word + region.words <= copy.pitch
+        assert copy.row <= area.row <= area.row + area.rows <= copy.row + copy.rows
+        assert area.column % unit(math) == 0
+        assert copy.column - unit(math) < area.column
+        assert copy.column % (4 if plan.packed else unit(math)) == 0
+        assert area.column + area.columns <= copy.column + copy.pitch * copy.step[1]
     assert plan.map_copy.first >= plan.grad_copy.end
     for group, part in itertools.product(range(plan.shares * plan.together), range(plan.parts)):
         for plane in {0, plan.planes - 1}:
@@ -140,7 +144,7 @@ def test_products_are_enough_and_few(layer: Layer, math: str) -> None:
 def test_every_tile_belongs_to_one_block(layer: Layer, batch: int) -> None:
     channels = 96
     for plan in {layer.gradient_plan("float16"), replace(layer.gradient_plan("tf32"), planes=3)}:
-        grid = divide_gradient(plan, batch, channels, layer.size)
+        grid = divide_gradient(plan, batch, channels, layer.size, DEVICES[9, 0])
         for extent, tiles, tile in zip(layer.size, grid.tiles, plan.tile, strict=True):
             assert (tiles - 1) * tile < extent <= tiles * tile
         assert grid.items == batch * grid.tiles[0] * grid.tiles[1]
@@ -195,9 +199,9 @@ def test_chunks_are_added_up_for_each_kernel() -> None:
 )
 def test_no_plan(size, sizes, origins) -> None:
     for math in MATHS:
-        assert choose_gradient_plan(math, size, sizes, origins, *SHARED_LIMITS[9, 0]) is None
+        assert choose_gradient_plan(math, size, sizes, origins, DEVICES[9, 0]) is None
 
 
 def test_the_search_is_a_function_of_its_arguments() -> None:
-    arguments = ("tf32", (56, 56), strips(51, 5), ((25, 2), (2, 25)), *SHARED_LIMITS[9, 0])
+    arguments = ("tf32", (56, 56), strips(51, 5), ((25, 2), (2, 25)), DEVICES[9, 0])
     assert choose_gradient_plan.__wrapped__(*arguments) == choose_gradient_plan.__wrapped__(*arguments)

@@ -9,12 +9,11 @@ pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
 
 from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
 from sw_transplant.cuda.toeplitz.launcher import MOST_TURNS, divide
-from sw_transplant.cuda.toeplitz.plan import Plan
+from sw_transplant.cuda.toeplitz.plan import Plan, unit
 from sw_transplant.cuda.toeplitz.product import count, multiply, spread
 from sw_transplant.cuda.toeplitz.settings import choose_plan
-from sw_transplant.cuda.toeplitz.staging import arrange
 from sw_transplant.cuda.toeplitz.tally import Tally
-from tests.cuda.toeplitz_cases import LAYERS, MATHS, SHARED_LIMITS, strips
+from tests.cuda.toeplitz_cases import DEVICES, LAYERS, MATHS, strips
 from tests.sampling import sample
 
 SIZES = [(1, 1), (7, 7), (13, 29), (28, 28), (56, 56), (33, 72), (65, 73), (130, 40), (40, 130), (512, 2048)]
@@ -33,7 +32,7 @@ QUICK = [
 
 def plan_of(math, size, sizes, capability) -> Plan:
     origins = tuple(((kh - 1) // 2, kw // 2) for kh, kw in sizes)
-    plan = choose_plan(math, size, sizes, origins, *SHARED_LIMITS[capability])
+    plan = choose_plan(math, size, sizes, origins, DEVICES[capability])
     assert plan is not None
     return plan
 
@@ -73,8 +72,22 @@ class Trace(Tally):
 
 @pytest.mark.parametrize(("math", "size", "sizes", "capability"), sample(PLANS, QUICK), ids=str)
 def test_limits_and_addresses(math, size, sizes, capability) -> None:
-    plan = plan_of(math, size, sizes, capability)
-    assert 4 * plan.shared_words <= SHARED_LIMITS[capability][0]
+    check_limits_and_addresses(plan_of(math, size, sizes, capability), math, size, capability)
+
+
+@pytest.mark.parametrize("channels", [124, 249])
+@pytest.mark.parametrize("math", MATHS)
+@pytest.mark.parametrize("layer", LAYERS[:13], ids=str)
+def test_limits_and_addresses_of_channels_last_maps(layer, math: str, channels: int) -> None:
+    plan = layer.plan(math, channels=channels)
+    assert plan.channels == plan.planes == plan.seats * plan.rounds
+    assert plan.planes % plan.vector == 0 == channels % plan.vector
+    assert plan.plane_words % 8 == 4  # channels of a pixel are written to different banks
+    check_limits_and_addresses(plan, math, layer.size, (9, 0))
+
+
+def check_limits_and_addresses(plan: Plan, math: str, size, capability) -> None:
+    assert 4 * plan.shared_words <= DEVICES[capability].shared_limit
     assert plan.threads <= 1024
     assert plan.threads * plan.registers <= 65536
     for whole, extent, tile in zip(plan.whole, size, plan.tile, strict=True):
@@ -84,6 +97,9 @@ def test_limits_and_addresses(math, size, sizes, capability) -> None:
         assert copy.pitch % 16 == 8 if copy.step == (2, 1) else copy.pitch % 8 == 4
         assert copy.first % 4 == 0
         assert copy.lead <= copy.first
+        # Runs of 16 bytes: of the map, and where they are written.
+        assert copy.column % unit(math) == 0
+        assert (copy.row - plan.area.row) % copy.step[0] == 0
     for plane, part in itertools.product({0, plan.planes - 1}, range(plan.parts)):
         touched = np.concatenate(Trace(plan, plane * plan.plane_words, part).touched)
         assert touched.min() >= 0
@@ -95,7 +111,7 @@ def test_limits_and_addresses(math, size, sizes, capability) -> None:
 def test_every_output_belongs_to_one_block(layer, batch: int) -> None:
     channels = 3
     plan = layer.plan("float16")
-    grid = divide(plan, batch, channels, layer.size)
+    grid = divide(plan, batch, channels, layer.size, DEVICES[9, 0])
     assert 1 <= grid.turns <= MOST_TURNS
     for extent, tiles, step in zip(layer.size, grid.tiles, plan.step_out, strict=True):
         covered = np.zeros(tiles * step, int)
@@ -110,14 +126,6 @@ def test_every_output_belongs_to_one_block(layer, batch: int) -> None:
         if image < batch:
             images[image] += 1
     assert (images == 1).all()
-
-
-@pytest.mark.parametrize("threads", [32, 64, 96, 128])
-@pytest.mark.parametrize("columns", [4, 36, 60, 72, 116, 200])
-def test_threads_cover_a_matrix(threads: int, columns: int) -> None:
-    across, down = arrange(threads, columns, 60)
-    assert across * down == threads
-    assert -(-columns // across) * across < columns + across
 
 
 @pytest.mark.parametrize("math", MATHS)
@@ -144,15 +152,15 @@ def test_products_outside_the_band_are_left_out(layer, math: str) -> None:
 
 
 def test_no_plan_for_taps_that_do_not_fit() -> None:
-    assert choose_plan("tf32", (300, 300), ((301, 301),), ((150, 150),), *SHARED_LIMITS[9, 0]) is None
+    assert choose_plan("tf32", (300, 300), ((301, 301),), ((150, 150),), DEVICES[9, 0]) is None
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("choose", [choose_plan, choose_gradient_plan])
 def test_no_plan_for_an_empty_map(choose, size) -> None:
-    assert choose("tf32", size, strips(13, 5), ((6, 2), (2, 6)), *SHARED_LIMITS[9, 0]) is None
+    assert choose("tf32", size, strips(13, 5), ((6, 2), (2, 6)), DEVICES[9, 0]) is None
 
 
 def test_the_search_is_a_function_of_its_arguments() -> None:
-    arguments = ("tf32", (56, 56), strips(51, 5), ((25, 2), (2, 25)), *SHARED_LIMITS[9, 0])
+    arguments = ("tf32", (56, 56), strips(51, 5), ((25, 2), (2, 25)), DEVICES[9, 0])
     assert choose_plan.__wrapped__(*arguments) == choose_plan.__wrapped__(*arguments)

@@ -3,13 +3,18 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sw_transplant.cuda.toeplitz.division import Device
 from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
 from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
-from sw_transplant.cuda.toeplitz.plan import Plan
+from sw_transplant.cuda.toeplitz.plan import Plan, unit, widest_vector
 from sw_transplant.cuda.toeplitz.settings import choose_plan
 
 MATHS = ["tf32", "tf32x3", "float16", "bfloat16"]
-SHARED_LIMITS = {(9, 0): (227 * 1024, 228 * 1024), (8, 0): (163 * 1024, 164 * 1024), (8, 6): (99 * 1024, 100 * 1024)}
+DEVICES = {
+    (9, 0): Device(132, 227 * 1024, 228 * 1024),
+    (8, 0): Device(108, 163 * 1024, 164 * 1024),
+    (8, 6): Device(84, 99 * 1024, 100 * 1024, warps=48, blocks=16),
+}
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,20 @@ class Layer:
     def origins(self) -> tuple[tuple[int, int], ...]:
         return tuple((kh // 2, kw // 2) for kh, kw in self.sizes)
 
-    def plan(self, math: str, capability: tuple[int, int] = (9, 0)) -> Plan | None:
-        return choose_plan(math, self.size, self.sizes, self.origins, *SHARED_LIMITS[capability])
+    def plan(self, math: str, capability: tuple[int, int] = (9, 0), channels: int = 0) -> Plan | None:
+        """The plan for contiguous maps, or for channels_last ones of so many channels."""
+        return choose_plan(*self._arguments(math, capability, channels))
 
-    def gradient_plan(self, math: str, capability: tuple[int, int] = (9, 0), **division: Any) -> GradientPlan | None:
+    def gradient_plan(
+        self, math: str, capability: tuple[int, int] = (9, 0), channels: int = 0, **division: Any
+    ) -> GradientPlan | None:
         """The plan for the gradients of the kernels, with another division of the work where one is given."""
-        plan = choose_gradient_plan(math, self.size, self.sizes, self.origins, *SHARED_LIMITS[capability])
+        plan = choose_gradient_plan(*self._arguments(math, capability, channels))
         return replace(plan, **division) if plan is not None else None
+
+    def _arguments(self, math: str, capability: tuple[int, int], channels: int) -> tuple[Any, ...]:
+        vector = widest_vector(math, channels) if channels else 0
+        return math, self.size, self.sizes, self.origins, DEVICES[capability], vector, channels > 0
 
 
 @dataclass(frozen=True)
@@ -47,13 +59,14 @@ class Tiles:
 
     def applied(self, plan: Plan, size: tuple[int, int]) -> Plan:
         starts = [-max([k.origin[axis] for k in plan.kernels if k.axis == axis], default=0) for axis in (0, 1)]
+        starts[1] -= starts[1] % unit(plan.math)
         return replace(
             plan,
             whole=size if self.whole else (None, None),
             blocks=self.blocks,
             parts=self.parts,
             columns=self.columns,
-            planes=1,
+            planes=plan.planes if plan.channels_last else 1,
             registers=168,
             origins=(0, 0) if self.whole else (starts[0], starts[1]),
         )

@@ -31,6 +31,7 @@ def gpu(monkeypatch):
     """Pretend that CUDA devices have the kernels; a value written to the list is the reason why not."""
     reasons = [""]
     monkeypatch.setattr("sw_transplant.forms.dispatch.why_no_kernel", lambda device: reasons[0])
+    monkeypatch.setattr("sw_transplant.forms.dispatch.takes_channels_last", lambda *geometry: True)
     return reasons
 
 

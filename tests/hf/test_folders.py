@@ -87,13 +87,9 @@ KINDS = {
     "part": part,
     "part, edges": part_edges,
 }
-EVERYWHERE, IN_PARTS = ("dense", "edges"), ("part", "part, edges")
-CASES = [
-    (name, kind)
-    for name in MODELS
-    for kind in KINDS
-    if kind in EVERYWHERE or (name in PARTS if kind in IN_PARTS else name == "ConvNext")
-]
+IN_PARTS = ("part", "part, edges")
+OF = {"dense": MODELS, "edges": MODELS, "part": PARTS, "part, edges": ["UperNet"]}
+CASES = [(name, kind) for name in MODELS for kind in KINDS if name in OF.get(kind, ["ConvNext"])]
 PIPELINES = [(name, "AutoModelForImageClassification") for name in ("ConvNext", "TimmWrapper")]
 DENSE = [(name, kind) for name, kind in CASES if kind in ("dense", "part")]
 NO_PLAIN_FORM = [case for case in CASES if case not in DENSE]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -198,3 +199,107 @@ def test_a_model_without_memory_is_refused(state: State, tmp_path: Path) -> None
         model = _model(seed=0)
     with pytest.raises(ValueError, match="the model is on the meta device"):
         load_checkpoint(model, tmp_path / "plain.pth")
+
+
+def _training_checkpoint(state: State) -> dict[str, Any]:
+    """What the official programs write: AdamW's groups with the rates of a NumPy schedule, and their arguments."""
+    groups = [{"lr": np.float64(4e-3), "weight_decay": np.float32(0.05), "betas": (0.9, 0.999), "params": [0, 1]}]
+    groups[0]["lr_scale"] = np.linspace(0.0, 1.0, 3)[1]
+    average = {name: torch.full_like(tensor, 2) for name, tensor in state.items()}
+    moments = {0: {"step": torch.tensor(7.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}}
+    arguments = argparse.Namespace(model="SLaK_tiny", lr=4e-3, kernel_size=[51, 49, 47, 13, 5], sparse=True, aa=None)
+    return {
+        "model": state,
+        "model_ema": average,
+        "optimizer": {"state": moments, "param_groups": groups},
+        "epoch": np.int64(12),
+        "scaler": {"scale": 65536.0},
+        "args": arguments,
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_training_checkpoint_is_read(zipped: bool, state: State, tmp_path: Path) -> None:
+    content = _training_checkpoint(state)
+    torch.save(content, tmp_path / "checkpoint-best.pth", _use_new_zipfile_serialization=zipped)
+    model = _model(seed=0)
+    load_checkpoint(model, tmp_path / "checkpoint-best.pth")
+    _assert_loaded(model, state)
+    load_checkpoint(model, tmp_path / "checkpoint-best.pth", prefer="ema")
+    _assert_loaded(model, content["model_ema"])
+
+
+def test_numbers_of_either_numpy_are_read(state: State, tmp_path: Path) -> None:
+    """Files of NumPy 1 name numpy.core, those of NumPy 2 numpy._core; pickle writes what is installed here."""
+    torch.save(_training_checkpoint(state), tmp_path / "now.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "now.pth").read_bytes()
+    old, new = b"cnumpy.core.multiarray\nscalar", b"cnumpy._core.multiarray\nscalar"
+    assert (old in content) != (new in content)
+    other = content.replace(old, new) if old in content else content.replace(new, old)
+    (tmp_path / "other.pth").write_bytes(other)
+    model = _model(seed=0)
+    load_checkpoint(model, tmp_path / "other.pth")
+    _assert_loaded(model, state)
+
+
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [
+        (Path("x"), "pathlib.PosixPath"),
+        (np.zeros(3), "numpy._core.multiarray._reconstruct"),
+        (np.dtype("O"), "numpy.dtype"),
+        (np.dtype([("a", "f8"), ("b", "O")]), "numpy.dtype"),
+        (np.str_("text"), "numpy.dtype"),
+        (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+        (os.system, "posix.system"),
+    ],
+    ids=["path", "array", "objects", "record", "text", "module", "function"],
+)
+def test_anything_else_is_refused_by_its_name(stored: Any, name: str, state: State, tmp_path: Path) -> None:
+    torch.save({**_training_checkpoint(state), "more": stored}, tmp_path / "more.pth")
+    message = _assert_refused(tmp_path / "more.pth", "not safe to load")
+    assert f"it holds {name}" in message
+
+
+def test_averaged_weights_have_to_be_there(state: State, tmp_path: Path) -> None:
+    torch.save({"model": state}, tmp_path / "plain.pth")
+    model = _model(seed=0)
+    with pytest.raises(ValueError, match=r"plain\.pth: holds no averaged weights"):
+        load_checkpoint(model, tmp_path / "plain.pth", prefer="ema")
+    with pytest.raises(ValueError, match="prefer 'best', expected one of"):
+        load_checkpoint(model, tmp_path / "plain.pth", prefer="best")
+
+
+def test_masks_come_from_zeros(tmp_path: Path) -> None:
+    """Of SW's filters, and of SLaK's weights; official sparse files hold zeros and no masks."""
+    import timm
+
+    torch.manual_seed(0)
+    settings = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "kernel_size": (9, 9, 7, 7, 3), "num_classes": 3}
+    trained = timm.create_model("sw_tiny", **settings)
+    path = trained.stages[0][0].large_kernel.paths[1]
+    with torch.no_grad():
+        path.weight[:4] = 0
+        path.weight[4, 0, 0] = 0  # some taps: the filter is in use
+    torch.save({"model": trained.state_dict()}, tmp_path / "sparse.pth")
+    model = timm.create_model("sw_tiny", **settings)
+    load_checkpoint(model, tmp_path / "sparse.pth", masks="from_weights")
+    read = model.stages[0][0].large_kernel.paths
+    assert int((~read[1].mask).sum()) == 4
+    assert not read[1].mask.flatten()[:4].any()
+    assert read[0].mask is None
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(model.eval()(x), trained.eval()(x))
+
+    state = _model(seed=1).state_dict()
+    state["stages.0.0.pwconv1.weight"][:, ::2] = 0
+    state["stages.0.0.large_kernel.LoRA1.conv.weight"][0] = 0
+    torch.save(state, tmp_path / "slak.pth")
+    slak = _model(seed=0)
+    with pytest.raises(ValueError, match=r"no filter of a large kernel is zero.*or try only_L=False"):
+        load_checkpoint(slak, tmp_path / "slak.pth", masks="from_weights")
+    load_checkpoint(slak, tmp_path / "slak.pth", masks="from_weights", only_L=False)
+    block = slak.stages[0][0]
+    assert block.pwconv1.sparsity_mask.float().mean().item() == 0.5
+    assert int((~block.large_kernel.LoRA1.conv.sparsity_mask).sum()) == block.large_kernel.LoRA1.conv.weight[0].numel()
+    assert not hasattr(block.pwconv2, "sparsity_mask")

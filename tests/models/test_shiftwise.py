@@ -108,7 +108,9 @@ def test_the_larger_sizes(name: str, millions: float, full_size: FullSize) -> No
 def test_every_entry_point_is_listed_and_described(full_size: FullSize) -> None:
     names = ["sw_base", "sw_large", "sw_small", "sw_tiny"]
     assert sorted(timm.list_models(module="shiftwise")) == names
-    for name in names:
+    first = ["sw_slak_base", "sw_slak_small", "sw_slak_tiny"]
+    assert sorted(timm.list_models(module="shiftwise_slak")) == first
+    for name in (*names, "sw_slak_tiny"):
         model = full_size(name)
         cfg = model.default_cfg
         assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv2d)
@@ -176,3 +178,23 @@ def test_initialisation() -> None:
 def test_bad_settings_are_refused(settings: dict, message: str) -> None:
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         ShiftWise(**settings)
+
+
+@pytest.mark.parametrize("name", ["sw_tiny", "slak_tiny", "sw_slak_tiny"])
+def test_backbones_of_detectors_have_a_norm_for_every_stage(name: str) -> None:
+    settings = {**SMALL, "features_only": True}
+    torch.manual_seed(0)
+    plain = timm.create_model(name, **settings).eval()
+    backbone = timm.create_model(name, **settings, stage_norms=True).eval()
+    norms = {f"norm{i}.{kind}" for i in range(4) for kind in ("weight", "bias")}
+    assert set(backbone.model.state_dict()) - set(plain.model.state_dict()) == norms
+    assert "norm.weight" not in backbone.model.state_dict()  # nor a classifier: the published files have neither
+    backbone.model.load_state_dict(plain.model.state_dict(), strict=False)
+    for i in range(4):
+        nn.init.constant_(getattr(backbone.model, f"norm{i}").weight, i + 1.0)
+    x = torch.randn(1, 3, 64, 64)
+    for i, (own, other) in enumerate(zip(backbone(x), plain(x), strict=True)):
+        wanted = torch.nn.functional.layer_norm(other.permute(0, 2, 3, 1), other.shape[1:2], eps=1e-6) * (i + 1)
+        torch.testing.assert_close(own, wanted.permute(0, 3, 1, 2), rtol=1e-4, atol=1e-5)
+    short = timm.create_model(name, **settings, stage_norms=True, out_indices=(0, 1))
+    assert not hasattr(short.model, "norm2")

@@ -31,7 +31,8 @@ def test_every_entry_point_is_listed(module: str) -> None:
 
 
 def test_public_names() -> None:
-    assert sw_transplant.models.__all__ == ["RepLKNet", "SLaK", "ShiftWise", "UniRepLKNet", "load_checkpoint"]
+    networks = ["RepLKNet", "SLaK", "ShiftWise", "ShiftWiseSLaK", "UniRepLKNet"]
+    assert sw_transplant.models.__all__ == [*networks, "load_checkpoint"]
 
 
 def test_import_without_timm_says_what_to_install() -> None:

@@ -44,6 +44,7 @@ class Habit:
         rough: where it jumps, rounding decides: not together with low precision.
         isolated: may never return, so that it needs a process of its own.
         told: where the report of the conversion says this, the difference has been announced.
+        merges: not where the forward counts numbers of parameters, of which a merged model has others.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Habit:
     rough: bool = False
     isolated: bool = False
     told: str | None = None
+    merges: bool = True
 
 
 HABITS: dict[str, Habit] = {}

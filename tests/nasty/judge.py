@@ -326,6 +326,10 @@ class _Judgement:
 
     def _merge(self, pair: Pair) -> None:
         """The plain network is the original in eval, and wants gradients where the original does."""
+        if self.world.autocast:
+            return  # what is merged into one kernel is rounded as one, a map that is added to it as well
+        if any(not one.merges for one in self.network.all_habits):
+            return
         wanted = {number.name: number.old.requires_grad for number in numbers(pair.old.net, pair.new.net)}
         alone = [path for path, one in shiftwise_layers(pair.new.net).items() if _is_one_convolution(one)]
         self.note("merge")
@@ -346,17 +350,21 @@ class _Judgement:
 
     def _runs(self, side: Side, size: tuple[int, int]) -> bool:
         try:
-            side.net(draw_images(self.network, size, "noise", 0))
-        except ValueError:
+            copy.deepcopy(side.net)(draw_images(self.network, size, "noise", 0))  # which may change itself
+        except Exception:
             return False
         return True
 
     def _save(self, pair: Pair) -> None:
         """What is saved and loaded on another network of the architecture is the original."""
         try:
-            pair.old.net.state_dict()
+            state, again = pair.old.net.state_dict(), Side(self.network).net
+            again.load_state_dict(state)
+            faithful = all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in state.items())
         except Exception:
             return  # then there is nothing to save
+        if not faithful:
+            return  # its own hooks change what is saved
         self.note("save and load")
         old, new, base = Side(self.network), Side(self.network), Side(self.network)
         try:

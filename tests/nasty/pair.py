@@ -25,6 +25,9 @@ GRADIENTS = 10
 NOISE = 1e-3
 """Errors of gradients are measured by this at least: each element of an output has one of about 1."""
 
+NOTHING = 1e-12
+"""Errors of state are measured by this at least: a variance of equal numbers is rounding."""
+
 STATE = 100
 """Parameters and buffers, which steps and averages add up in, hold to so many times the bound."""
 
@@ -95,6 +98,8 @@ class Pair:
             raise Different("refused" if names_a_way(new) else "loud", where, line(new)) from new
         if old is not None and new is None:
             raise Different("wrong", f"{where}: only the original raises", line(old))
+        if new is not None and names_a_way(new):  # and then what the original had done by then may differ
+            raise Different("refused", where, line(new)) from new
         self.verdict.raised += 1
         return None
 
@@ -161,7 +166,7 @@ class Pair:
         if new is None:
             self.differs(f"{where}: parameters and buffers", f"{number.name} is gone")
             return
-        what = difference(number.lay(number.old.detach()), new.detach(), STATE * self.bound)
+        what = difference(number.lay(number.old.detach()), new.detach(), STATE * self.bound, least=NOTHING)
         if what is not None:
             self.differs(f"{where}: parameters and buffers", f"{number.name}: {what}")
         if number.old.requires_grad != new.requires_grad:

@@ -61,6 +61,7 @@ def _command(*arguments: str, limit: float) -> None:
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-3000:]
 
 
+@pytest.mark.exhaustive  # tests/find/test_threads.py runs each time
 def test_threads() -> None:
     _command("--threads", limit=120)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from sw_transplant.cuda.answers import Remembered
 from sw_transplant.ops import toeplitz_selftest
 from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference, toeplitz_weight_grad_reference
 
@@ -38,7 +39,7 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return [value for pair in pairs for value in pair]
 
     monkeypatch.setattr(kernels, "plan_for", lambda x, sizes, origins: flat(origins))
-    monkeypatch.setattr(kernels, "weight_grad_plan_for", lambda x, sizes, origins: (flat(sizes), flat(origins)))
+    monkeypatch.setattr(kernels, "weight_grad_plan_for", lambda x, grad, sizes, origins: (flat(sizes), flat(origins)))
     monkeypatch.setattr(kernels, "toeplitz_conv_forward", exact_conv)
     monkeypatch.setattr(kernels, "toeplitz_weight_grad", exact_weight_grad)
     for test in TESTS:
@@ -102,7 +103,8 @@ def test_while_a_compiler_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(toeplitz_selftest.launch, "is_available", lambda _: True)
     asked = []
-    monkeypatch.setattr(toeplitz_selftest, "self_test", lambda device: asked.append(TESTS[0](CPU)) or asked[-1])
+    test = Remembered(lambda device: asked.append(TESTS[0](CPU)) or asked[-1])
+    monkeypatch.setattr(toeplitz_selftest, "self_test", test)
     toeplitz_selftest._why_no_kernel.cache_clear()
 
     @torch.compile(backend="eager", fullgraph=True)

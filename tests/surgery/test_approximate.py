@@ -173,7 +173,7 @@ def test_masks_of_laid_out_layers_are_saved_and_loaded(tmp_path):
 def test_converting_twice_changes_nothing_and_merge_folds():
     converted = convert(nn.Sequential(conv(8, 13)).double(), config(ghost=0.25)).eval()
     module = converted[0]
-    assert convert(converted, config(), inplace=True)[0] is module
+    assert convert(converted, config(ghost=0.25), inplace=True)[0] is module
     merged = merge(converted)
     assert not any(isinstance(part, ShiftwiseConv2d) for part in merged.modules())
     assert error(merged(x), converted(x)) < 1e-12

@@ -9,7 +9,9 @@ Read in this order:
     emit        the products as instructions
     words       a few instructions that Numba does not have
     staging     from global to shared memory
-    kernel      around the products: into shared memory, and out of it
+    epilogue    from shared to global memory
+    kernel      around the products: turns of staging, products and epilogue
+    division    how many thread blocks share the work
     launcher    from tensors to a launch
     gradient    the same for the gradient of the kernels
 """

@@ -14,7 +14,7 @@ from sw_transplant.cuda.toeplitz.product import multiply, spread
 
 _i32, _f32 = ir.IntType(32), ir.FloatType()
 _TOGETHER = ("convergent",)  # all lanes of a warp: not to be moved to where some of them are alone
-_shared = 3  # the address space of shared memory
+SHARED = 3  # the address space of shared memory
 _PRODUCTS = {
     "tf32": "m16n8k8.row.col.f32.tf32.tf32.f32",
     "tf32x3": "m16n8k8.row.col.f32.tf32.tf32.f32",
@@ -60,7 +60,7 @@ class Emitter:
     def __init__(self, builder: Any, math: str, memory: Any) -> None:
         """memory: pointer to the words of shared memory, in any address space."""
         self.builder, self.math = builder, math
-        self.memory = builder.addrspacecast(memory, ir.PointerType(_i32, _shared))
+        self.memory = builder.addrspacecast(memory, ir.PointerType(_i32, SHARED))
 
     def nothing(self) -> Any:
         return ir.Constant(_f32, 0.0)
@@ -157,7 +157,7 @@ class Emitter:
         pair: Any = ir.Constant(pair_type, ir.Undefined)
         for i, value in enumerate((first, second)):
             pair = self.builder.insert_element(pair, value, ir.Constant(_i32, i))
-        pointer = self.builder.bitcast(self._pointer(at, offset), ir.PointerType(pair_type, _shared))
+        pointer = self.builder.bitcast(self._pointer(at, offset), ir.PointerType(pair_type, SHARED))
         self.builder.store(pair, pointer, align=8)
 
     def _pointer(self, at: Index, offset: int) -> Any:
@@ -212,3 +212,9 @@ def device_products(plan: Plan) -> tuple[Any, Any]:
 def data_pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
     """Where the elements of an array lie."""
     return context.make_array(array_type)(context, builder, array).data
+
+
+def shared_pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    """The same as an address of shared memory, which an array there has."""
+    pointer = data_pointer(context, builder, array_type, array)
+    return builder.addrspacecast(pointer, ir.PointerType(pointer.type.pointee, SHARED))

@@ -16,7 +16,7 @@ Size = tuple[int, int]
 
 MAX_KERNELS = 4  # that one kernel of the GPU takes
 TAP_MARGIN = 14  # zeros before a line of taps; 13 after it: as far as a fragment that touches the line reaches out
-IN_FLIGHT = 16  # loads of a thread that overlap
+IN_FLIGHT = 16  # words that a thread has under way from global memory
 MAX_REACH = 4096  # taps of a kernel along an axis: keeps all offsets within 32 bits
 
 
@@ -64,21 +64,32 @@ class Copy:
         return self.first + self.rows * self.pitch
 
 
-class Region(NamedTuple):
-    """The part of a copy that is staged: its first row and word, how many there are, and whether all of the rows, and
-    all values of the words, lie on the map wherever the tile is."""
+class Area(NamedTuple):
+    """The part of a map that is staged, from the tile's first row and column on.
+
+    Its columns come in runs that are 16 bytes in global memory, and begin at a multiple of that in a row: `unit` of
+    them for each math.
+    """
 
     row: int
-    word: int
+    column: int
     rows: int
-    words: int
-    rows_inside: bool = False
-    columns_inside: bool = False
+    columns: int
 
 
 def is_packed(math: str) -> bool:
     """Whether a word has two values."""
     return math in ("float16", "bfloat16")
+
+
+def unit(math: str) -> int:
+    """Values of 16 bytes."""
+    return 8 if is_packed(math) else 4
+
+
+def widest_vector(math: str, count: int) -> int:
+    """The most values of one load, 16 bytes at most, if rows (or pixels of a channels_last map) have this many."""
+    return next(v for v in (8, 4, 2, 1) if v <= unit(math) and count % v == 0)
 
 
 @dataclass(frozen=True)
@@ -92,10 +103,14 @@ class Plan:
         blocks: blocks of 16 output rows that a warp owns; it owns all columns of them.
         parts: warps that share a tile, below each other.
         columns: groups of 8 output columns of a tile.
-        planes: images of one channel that a thread block has in shared memory at once.
+        planes: that a thread block has in shared memory at once: images of one channel, or, of channels_last maps,
+            neighbouring channels of one image.
         registers: most registers of a thread.
         origins: per axis the contracted position that the first step of the products begins at, from the tile's first
             output (from the warp's first output row for axis 0 with a halo).
+        channels_last: maps are read and written in this memory format, instead of contiguous.
+        rounds: planes that a warp takes one after the other.
+        vector: values that are read or written at once: neighbours of a row, or channels of a pixel.
     """
 
     math: str
@@ -107,11 +122,24 @@ class Plan:
     planes: int
     registers: int
     origins: Size
+    channels_last: bool = False
+    rounds: int = 1
+    vector: int = 1
 
     @property
     def packed(self) -> bool:
         """Whether a word has two values."""
         return is_packed(self.math)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a thread block."""
+        return self.planes if self.channels_last else 1
+
+    @property
+    def seats(self) -> int:
+        """Planes that are worked on at once."""
+        return self.planes // self.rounds
 
     @property
     def depth(self) -> int:
@@ -130,7 +158,7 @@ class Plan:
 
     @property
     def threads(self) -> int:
-        return 32 * self.parts * self.planes
+        return 32 * self.parts * self.seats
 
     def contracted(self, axis: int) -> list[Kernel]:
         return [kernel for kernel in self.kernels if kernel.axis == axis]
@@ -179,8 +207,8 @@ class Plan:
             missing = max(0, begin - first[1])
             width = max(last[1], self.whole[1] + missing) - begin
         else:
-            quad = 4 * step[1]  # matrices are loaded from addresses that are multiples of 4 words
-            begin -= -(-max(0, begin - first[1]) // quad) * quad
+            begin = min(begin, first[1])
+            begin -= begin % unit(self.math)  # staged by so many, and matrices are loaded by 4 words
             width = last[1] - begin
         top = first[0]
         if contracted[0] is not None:
@@ -189,6 +217,18 @@ class Plan:
         pitch = padded(-(-width // step[1]), 16, 8) if step == (2, 1) else padded(-(-width // step[1]), 8, 4)
         lead = padded(-(-missing // step[1]), 4)
         return Copy(padded(after, 4) + lead, lead, top, begin, step, -(-(last[0] - top) // step[0]), pitch)
+
+    @functools.cached_property
+    def area(self) -> Area:
+        """What is staged of the map: what any copy has of it. With pairs of rows, rows begin where pairs do."""
+        copies = set(self.copies.values())
+        down = max(copy.step[0] for copy in copies)
+        anchor = next(copy.row for copy in copies if copy.step[0] == down)
+        row, column = min(copy.row for copy in copies), min(copy.column for copy in copies)
+        row -= (row - anchor) % down
+        end = max(copy.row + copy.rows * copy.step[0] for copy in copies)
+        right = max(copy.column + copy.pitch * copy.step[1] for copy in copies)
+        return Area(row, column, padded(end - row, down), right - column)
 
     @property
     def out_pitch(self) -> int:
@@ -199,16 +239,23 @@ class Plan:
     def plane_words(self) -> int:
         """Shared memory of one plane: the copies, and later in their place the results."""
         copies = max(copy.end for copy in self.copies.values())
-        return padded(max(copies, self.tile[0] * self.out_pitch), 4)
+        # Channels of a pixel are staged at once: planes that are an odd multiple of 4 words apart hit different banks.
+        modulus, residue = (8, 4) if self.channels_last else (4, 0)
+        return padded(max(copies, self.tile[0] * self.out_pitch), modulus, residue)
 
     def first_tap(self, number: int) -> int:
         """Where the lines of kernel `number` begin, from the beginning of the taps."""
         return sum(kernel.lines * line_words(kernel) for kernel in self.kernels[:number])
 
+    @property
+    def tap_words(self) -> int:
+        """Shared memory of the taps of one channel."""
+        return self.first_tap(len(self.kernels))
+
     @functools.cached_property
     def shared_words(self) -> int:
         """Shared memory of a thread block: planes, taps, and room for what is read for outputs beyond the edge."""
-        used = self.planes * self.plane_words + self.first_tap(len(self.kernels))
+        used = self.planes * self.plane_words + self.channels * self.tap_words
         last_plane, beyond = (self.planes - 1) * self.plane_words, 0
         for axis, copy in self.copies.items():
             for kernel in self.contracted(axis):

@@ -86,6 +86,17 @@ def slot_distance(plan: Plan, axis: int) -> int:
     return 8 if plan.packed else 1 if axis == 0 else 4
 
 
+def _sums_with(ops, plan, a, b, sums):
+    """Sums with a product added.
+
+    Tensor cores cut what is below the last bit of a sum, always towards zero. Where the result shall have the accuracy
+    of float32, each product therefore begins at zero, and is added with rounding.
+    """
+    if plan.math == "tf32x3":
+        return ops.add(sums, ops.mma(a, b, [ops.nothing()] * 4))
+    return ops.mma(a, b, sums)
+
+
 def _along_columns(ops, plan, kernel, sums, plane, lines, lane, part):
     """Rows of the map (A) times a Toeplitz matrix (B): a line of the kernel is one of its rows."""
     copy, pitch = plan.copies[1], plan.copies[1].pitch
@@ -105,7 +116,7 @@ def _along_columns(ops, plan, kernel, sums, plane, lines, lane, part):
                 a = ops.load_matrix(rows, 16 * m * pitch + 8 * step)
                 for n, b in band:
                     first = 4 * (m * plan.columns + n)
-                    sums[first : first + 4] = ops.mma(a, b, sums[first : first + 4])
+                    sums[first : first + 4] = _sums_with(ops, plan, a, b, sums[first : first + 4])
         return sums
 
     return ops.repeat(kernel.lines, line, sums)
@@ -143,7 +154,7 @@ def _along_rows(ops, plan, kernel, sums, plane, lines, lane, part):
                     b = [ops.load(columns, at), ops.load(columns, at + slot_pitch)]
                     for m, a in band:
                         first = 4 * (m * plan.columns + n)
-                        sums[first : first + 4] = ops.mma(a, b, sums[first : first + 4])
+                        sums[first : first + 4] = _sums_with(ops, plan, a, b, sums[first : first + 4])
             return sums
 
         return lambda: ops.repeat(kernel.lines, line, sums)

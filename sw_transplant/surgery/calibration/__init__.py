@@ -7,6 +7,7 @@ docs/transplanting.md has the mathematics and the measurements. Read in this ord
     images          what users give as images
     synthetic       images where there are none
     responses       running both networks side by side, looking at layers inside
+    paused          forward passes that wait at each layer, so that one pass is enough
     moments         second moments of a layer's input over the taps of strips, without making shifted maps
     sums            these over all runs, for maps of any sizes
     layer           from the sums to the module
@@ -19,3 +20,8 @@ docs/transplanting.md has the mathematics and the measurements. Read in this ord
     refit           linear layers behind a module
     progress        how far it is
 """
+
+from sw_transplant.surgery.calibration.options import Calibration, CalibrationReport, LayerReport
+from sw_transplant.surgery.calibration.statistics import set_statistics
+
+__all__ = ["Calibration", "CalibrationReport", "LayerReport", "set_statistics"]

@@ -7,6 +7,7 @@ each module also makes up for what those before it got wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +22,11 @@ from sw_transplant.find.shared import active_count, shared_tile
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.approximate import build_shared
 from sw_transplant.surgery.calibration.compensation import Kept
-from sw_transplant.surgery.calibration.fit import least_possible
 from sw_transplant.surgery.calibration.ghosts import share_out
 from sw_transplant.surgery.calibration.images import Images, read_images
-from sw_transplant.surgery.calibration.layer import fit_module, pose_for
+from sw_transplant.surgery.calibration.layer import costs_of_ghosts, fit_module
 from sw_transplant.surgery.calibration.options import Calibration, CalibrationReport
+from sw_transplant.surgery.calibration.paused import side_by_side
 from sw_transplant.surgery.calibration.progress import progress_bar
 from sw_transplant.surgery.calibration.refit import refit_after
 from sw_transplant.surgery.calibration.responses import Ask, Seen, Visit, run_pairs, visits
@@ -62,22 +63,28 @@ def calibrate(
     calibration.report.layers.clear()
     many = any(visit.calls > 1 for visit in met.values())
     bar = progress_bar(calibration.progress, len(order) + 1, "calibrating")
-    with bar as step, torch.random.fork_rng(devices=[]):  # modules draw filters before they get theirs
+    # Modules draw filters before they get theirs: hence the fork.
+    with bar as step, torch.random.fork_rng(devices=[]), ExitStack() as undo:
         step("sensitivity")
         weights = sensitivities(original, images, sites, config.seed) if calibration.fit == "responses" else {}
         ghosts = {match.path: match.out_channels - active_count(match.out_channels, config) for match in order}
         if config.ghost_budget == "global" and calibration.fit == "responses":
             ghosts = _global_budget(original, images, order, config, calibration, weights, many)
+        waiting = None
+        if calibration.fit == "responses" and not calibration.refit and not many:
+            waiting = undo.enter_context(side_by_side(original, target, images, [match.path for match in order], met))
         for match in order:
             step(match.path)
             site = find_site(target, match.path)
-            check_parameters(site, match, mode=config.mode)
             plain = build(site, match, form=config.form)
             if calibration.fit == "kernels":
                 module = build_shared(plain, match, config)
             else:
                 sums, kept = Sums(match.path, max(plain.kernel_size), shared_tile(config), match.stride), Kept()
-                _collect(original, target, match.path, images, many, [sums, kept])
+                if waiting is not None:
+                    waiting.collect(target, match.path, [sums, kept])
+                else:
+                    _collect(original, target, match.path, images, many, [sums, kept])
                 module, report = fit_module(
                     plain, match, sums, kept, weights[match.path], ghosts[match.path], config, calibration
                 )
@@ -86,8 +93,10 @@ def calibrate(
             module.nonfinite = config.nonfinite
             remember(module, site, match)
             target = _put(target, match, module)
+            if waiting is not None:
+                waiting.placed(match.path, module)
             if calibration.refit and match.path and calibration.fit == "responses":
-                done = refit_after(original, target, match.path, images, calibration.refit_ridge)
+                done = refit_after(original, target, match.path, images)
                 calibration.report.layers[-1] = replace(calibration.report.layers[-1], refitted=tuple(done))
     if calibration.fit == "kernels":
         set_statistics(target, images)
@@ -108,6 +117,8 @@ def _check(
     model: nn.Module, images: Images, matches: Sequence[Match], sites: dict[str, nn.Module], config: SWConfig
 ) -> dict[str, Visit]:
     """Which layers the images reach. Whether that is enough shows once all have been through; here: whether any do."""
+    for match in matches:
+        check_parameters(sites[match.path], match, mode=config.mode)
     met = visits(model, images, sites)
     if missing := sorted(sites.keys() - met.keys()):
         raise ValueError(
@@ -166,11 +177,11 @@ def _global_budget(
     costs = {}
     for match in matches:
         plain = build(find_site(original, match.path), match, form=config.form)
-        sums = Sums(match.path, max(plain.kernel_size), shared_tile(config), match.stride)
-        _collect(original, None, match.path, images, whole, [sums])
-        problem = pose_for(plain, sums, calibration.ridge)
-        missed = problem.moments.passed - least_possible(problem)
-        costs[match.path] = missed * weights[match.path].diagonal().to(missed) / sums.images
+        sums, kept = Sums(match.path, max(plain.kernel_size), shared_tile(config), match.stride), Kept()
+        _collect(original, None, match.path, images, whole, [sums, kept])
+        linear, quadratic = costs_of_ghosts(plain, sums, kept, weights[match.path], config, calibration.ridge)
+        scale = kept.positions / sums.positions * sums.images
+        costs[match.path] = linear / scale, quadratic / scale
     return share_out(costs, config.ghost)
 
 

@@ -27,6 +27,7 @@ from sw_transplant.surgery.calibration.fit import (
     error_of,
     factor_symmetric,
     solve_factored,
+    whole_taps,
     without_residual,
 )
 from sw_transplant.surgery.calibration.moments import Taps
@@ -56,7 +57,7 @@ class Kept:
         self.positions += y.shape[0] * y.shape[2] * y.shape[3]
 
 
-class _Maps:
+class Maps:
     """Responses of strips on one batch, and the transpose of that, by Fourier transforms."""
 
     def __init__(self, x: Tensor, y: Tensor, problem: Problem) -> None:
@@ -77,6 +78,10 @@ class _Maps:
         whole = torch.fft.irfft2(self.spectrum * spectrum.conj(), s=self.size)
         return whole[:, :, : self.height : self.stride[0], : self.width : self.stride[1]]
 
+    def passed(self) -> Tensor:
+        """``(B, C, H', W')``: the map where outputs are, as ghosts pass it on."""
+        return self.x[:, :, :: self.stride[0], :: self.stride[1]]
+
     def gather(self, errors: Tensor) -> Tensor:
         """``(B, C, H', W')`` to ``(C, P)``: the sums of products with what every tap reads."""
         spread = errors.new_zeros(self.x.shape)
@@ -86,6 +91,30 @@ class _Maps:
         taps = errors.new_zeros(errors.shape[1], len(self.reaching))
         taps[:, self.reaching] = sums[:, self.places]
         return taps
+
+
+def costs_together(problem: Problem, fit: Fit, kept: Kept, weights: Tensor, mix: float) -> tuple[Tensor, Tensor]:
+    """What it costs that channels bypass the module, all together: for :func:`ghosts.exchange`.
+
+    Args:
+        problem, fit: of the layer, each channel at its best.
+        kept: some of its maps.
+        weights: S, ``(C, C)``.
+        mix: how far errors of other channels count.
+
+    Returns:
+        linear ``(C,)`` and quadratic ``(C, C)``.
+    """
+    weights = mix * weights.to(problem.gram) + (1 - mix) * torch.diag(weights.to(problem.gram).diagonal())
+    taps = whole_taps(problem, fit)
+    of_both, of_changes = torch.zeros_like(weights), torch.zeros_like(weights)
+    for x, y in kept.maps:
+        each = Maps(x, y, problem)
+        errors = (each.respond(taps) + fit.bias[:, None, None] - y).transpose(0, 1).flatten(1)  # (C, positions)
+        changes = (each.passed() - y).transpose(0, 1).flatten(1) - errors
+        of_both += changes @ errors.T
+        of_changes += changes @ changes.T
+    return (weights * of_both).sum(1), weights * of_changes
 
 
 def compensate(
@@ -117,16 +146,16 @@ def compensate(
     products = (made.mT @ right[..., None])[..., 0]
     factor = factor_symmetric(normal * diagonal[:, None, None])
     share = mix * problem.moments.positions / kept.positions
-    maps = [_Maps(x, y, problem) for x, y in kept.maps]
+    maps = [Maps(x, y, problem) for x, y in kept.maps]
     # Around the fit of each channel by itself the biases are free of the taps: those move the mean of the response.
     means = problem.moments.sums / problem.moments.positions
 
-    def respond(each: _Maps, bank: Tensor, bias: Tensor) -> Tensor:
+    def respond(each: Maps, bank: Tensor, bias: Tensor) -> Tensor:
         taps = (made @ bank[..., None])[..., 0]
         shift = (bias - (taps * means).sum(1)) * active
         return each.respond(taps) + shift[:, None, None]
 
-    def gather(each: _Maps, errors: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(each: Maps, errors: Tensor) -> tuple[Tensor, Tensor]:
         mixed = torch.einsum("cd,bdhw->bchw", weights, errors)
         total = mixed.sum((0, 2, 3)) * active
         taps = each.gather(mixed) - total[:, None] * means
@@ -145,9 +174,8 @@ def compensate(
     centre = centre_tap(problem.taps)
     mean_left = (mean_target - (means[:, centre] if fit.residual else 0)) * active
 
-    def target(each: _Maps) -> Tensor:
-        sh, sw = each.stride
-        return each.y - passes[:, None, None] * each.x[:, :, ::sh, ::sw][:, :, : each.y.shape[2], : each.y.shape[3]]
+    def target(each: Maps) -> Tensor:
+        return each.y - passes[:, None, None] * each.passed()
 
     wanted = add_up([gather(each, target(each)) for each in maps])
     bank = fit.bank.flatten(1) * active[:, None]

@@ -11,11 +11,11 @@ from sw_transplant.config import SWConfig
 from sw_transplant.find.match import Match
 from sw_transplant.forms import add_kernels, embed
 from sw_transplant.geometry import Extent, enclose
-from sw_transplant.layers.orders import Orders
+from sw_transplant.layers.orders import Orders, draw_orders
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.approximate import SharedSpec, finish_shared, split_bank
-from sw_transplant.surgery.calibration.compensation import Kept, all_offsets, compensate
+from sw_transplant.surgery.calibration.compensation import Kept, all_offsets, compensate, costs_together
 from sw_transplant.surgery.calibration.fit import (
     Fit,
     Problem,
@@ -25,7 +25,7 @@ from sw_transplant.surgery.calibration.fit import (
     pose,
     whole_taps,
 )
-from sw_transplant.surgery.calibration.ghosts import cheapest
+from sw_transplant.surgery.calibration.ghosts import cheapest, exchange
 from sw_transplant.surgery.calibration.moments import Moments, Taps
 from sw_transplant.surgery.calibration.options import Calibration, LayerReport
 from sw_transplant.surgery.calibration.orders import choose_orders
@@ -62,25 +62,20 @@ def fit_module(
             f"{sums.reaching} taps of a channel apart; expected more than that: give more images, or larger ones"
         )
     problem = pose_for(plain, sums, calibration.ridge)
-    # The module of the paper adds its input. Orders and bank decide how much that helps.
-    orders, before, after = choose_orders(
-        problem,
-        config.edge_count,
-        config.seed,
-        candidates=calibration.candidates,
-        swaps=calibration.swaps,
-        residual=True,
-    )
-    fit = fit_layer(problem, orders, True)
+    residual = _adds_input(problem, config)
+    how = {"candidates": calibration.candidates, "swaps": calibration.swaps}
+    orders, before, after = choose_orders(problem, config.edge_count, config.seed, residual=residual, **how)
+    fit = fit_layer(problem, orders, residual)
     missed = (problem.moments.passed - fit.error) * weights.diagonal().to(fit.error)
     bypass = cheapest(missed, ghosts)
     if calibration.mix:
+        bypass = exchange(bypass, *costs_together(problem, fit, kept, weights, calibration.mix))
         fit = compensate(problem, fit, orders, kept, bypass, weights, calibration.mix)
     active = torch.tensor([c for c in range(match.out_channels) if c not in set(bypass)], device="cpu")
     error = fit.error[active.to(fit.error.device)].sum() + problem.moments.passed[list(bypass)].sum()
     energy = problem.moments.target_squared.sum().clamp(min=torch.finfo(torch.float64).tiny)
     spec = SharedSpec(
-        problem.taps.length, problem.taps.tile, config.edge_count, config.paths, bypass, True, config.seed,
+        problem.taps.length, problem.taps.tile, config.edge_count, config.paths, bypass, residual, config.seed,
         _energy_kept(problem, fit, active, bypass), float(error / energy),
     )  # fmt: skip
     module = _make(plain, match, spec, fit, orders, problem.moments, active, config)
@@ -89,6 +84,28 @@ def fit_module(
     drawn, chosen, least = (float(each.sum() / centred) for each in firsts)
     report = LayerReport(match.path, sums.positions, drawn, chosen, least, len(bypass), float(error / energy))
     return module, report
+
+
+def _adds_input(problem: Problem, config: SWConfig) -> bool:
+    """Whether the module adds its input, as the paper's does: not where a bank comes closer without, as of kernels that
+    have no marked centre."""
+    orders = _drawn(problem, config)
+    objectives = [float(fit_layer(problem, orders, each, rounds=0).objective.sum()) for each in (True, False)]
+    return objectives[0] <= objectives[1]
+
+
+def _drawn(problem: Problem, config: SWConfig) -> Orders:
+    tiles = problem.taps.whole // problem.taps.tile
+    return draw_orders(len(problem.right), tiles, config.edge_count, config.seed)
+
+
+def costs_of_ghosts(
+    plain: ShiftwiseConv2d, sums: Sums, kept: Kept, weights: Tensor, config: SWConfig, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """What ghosts of a layer cost, linear and quadratic (:func:`ghosts.exchange`), with the orders that are drawn."""
+    problem = pose_for(plain, sums, ridge)
+    fit = fit_layer(problem, _drawn(problem, config), _adds_input(problem, config))
+    return costs_together(problem, fit, kept, weights, 1.0)
 
 
 def pose_for(plain: ShiftwiseConv2d, sums: Sums, ridge: float) -> Problem:

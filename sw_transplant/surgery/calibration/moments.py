@@ -6,8 +6,8 @@ that reach the map: a horizontal strip of n rows and L columns, and a vertical o
 
 No shifted input is ever made. Two taps of one strip are n rows and any columns apart: products of lines (W x W per pair
 of rows) hold all their sums, along diagonals. A tap of each strip: the zeros outside the map cut only rows that the
-short side of the first reaches over, and columns that the short side of the other does; so n * n cross-correlations of
-maps without those lines hold the rest, and Fourier transforms make them.
+short side of the first reaches over, and columns that the short side of the other does; so the autocorrelation of the
+maps, by Fourier transforms, less that of those lines, holds the rest.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ class Moments:
 
     def select(self, channels: Tensor) -> Moments:
         """Those of some channels."""
-        values = {each.name: getattr(self, each.name) for each in fields(Moments)}
-        return Moments(**{name: v[channels] if isinstance(v, Tensor) else v for name, v in values.items()})
+        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(Moments)}
+        values |= {name: value[channels] for name, value in values.items() if isinstance(value, Tensor)}
+        return Moments(**values)
 
     def spread(self, taps: Taps) -> Moments:
         """The same over all taps of the strips, zeros for those that do not reach the map: for maps of other sizes."""
@@ -167,6 +168,28 @@ class Accumulator:
         self._accumulate(name, lines.sum(1))
 
     def _add_crossings(self, x: Tensor) -> None:
+        if self.taps.stride != (1, 1):
+            self._add_masked_crossings(x)
+            return
+        size = [2 * side for side in self.taps.in_size]
+        spectrum = torch.fft.rfft2(x, s=size)
+        self._accumulate("crossings", (spectrum.real.square() + spectrum.imag.square()).sum(0))
+        rows, columns = self._unread(0), self._unread(1)
+        for axis, lines, maps in ((0, rows, x), (1, columns, x.mT)):
+            along = torch.fft.rfft(maps, n=2 * maps.shape[3]) if lines else maps
+            for u in lines:
+                self._accumulate(f"lines {axis} {u}", torch.einsum("ncf,nchf->chf", along[:, :, u].conj(), along))
+        for u in rows:
+            for v in columns:
+                self._accumulate(f"corner {u} {v}", torch.einsum("nca,ncb->cab", x[:, :, u], x[..., v]))
+
+    def _unread(self, axis: int) -> list[int]:
+        """The rows or columns that some offset over the short side does not read."""
+        side = self.taps.in_size[axis]
+        return sorted(set().union(*(set(range(side)) - set(range(*lines)) for lines in self._lines_read(axis))))
+
+    def _add_masked_crossings(self, x: Tensor) -> None:
+        """For any stride: cross-correlations of the map without what an offset does not read, for all pairs of them."""
         size = [2 * side for side in self.taps.in_size]
         first = {key: torch.fft.rfft2(_only(x, 2, key), s=size) for key in set(self._lines_read(0))}
         second = {key: torch.fft.rfft2(_only(x, 3, key), s=size) for key in set(self._lines_read(1))}
@@ -219,14 +242,33 @@ class Accumulator:
             sums += lines[:, :, here]
         return gram.transpose(2, 3).reshape(channels, n * count, n * count), right.flatten(1), sums.flatten(1)
 
+    def _correlation(self, rows: tuple[int, int, int], columns: tuple[int, int, int], size: list[int]) -> Tensor:
+        """``(C, 2 H, 2 W)``: of the rows that are read with the columns that are read, by difference, circular."""
+        if f"crossings {rows} {columns}" in self._sums:
+            return torch.fft.irfft2(self._sums[f"crossings {rows} {columns}"], s=size)
+        total = torch.fft.irfft2(self._sums["crossings"].to(torch.complex128), s=size)
+        (height, width), device = self.taps.in_size, total.device
+        y, x = torch.arange(height, device=device), torch.arange(width, device=device)
+        without = [sorted(set(range(side)) - set(range(*read))) for side, read in ((height, rows), (width, columns))]
+        for u in without[0]:  # from (u, a) to (b, a + d)
+            total[:, (y - u) % size[0]] -= torch.fft.irfft(self._sums[f"lines 0 {u}"], n=size[1])
+        for v in without[1]:  # from (b + d, a) to (b, v)
+            from_column = torch.fft.irfft(
+                self._sums[f"lines 1 {v}"], n=size[0]
+            )  # (C, W, 2 H), at [a, d] the sum of x[b, v] * x[b + d, a]
+            turned = from_column[..., -torch.arange(size[0], device=device)].mT  # (C, 2 H, W)
+            total[..., (v - x) % size[1]] -= turned
+            for u in without[0]:
+                corner = self._sums[f"corner {u} {v}"].mT  # (C, b, a)
+                total[:, ((y - u) % size[0])[:, None], ((v - x) % size[1])[None]] += corner
+        return total
+
     def _crossings(self) -> Tensor:
         """``(C, n, wide, high, n)``: a tap of the horizontal strip times one of the vertical strip."""
         size = [2 * side for side in self.taps.in_size]
         x, y = (torch.tensor(list(self.taps.reaching(axis)), device="cpu") for axis in (1, 0))
         rows, columns = self._lines_read(0), self._lines_read(1)
-        known = {
-            (a, b): torch.fft.irfft2(self._sums[f"crossings {a} {b}"], s=size) for a in set(rows) for b in set(columns)
-        }
+        known = {(a, b): self._correlation(a, b, size) for a in set(rows) for b in set(columns)}
         blocks = []
         for a, dy in zip(rows, self.taps.across, strict=True):
             line = []

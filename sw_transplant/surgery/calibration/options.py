@@ -76,7 +76,7 @@ class CalibrationReport:
         return f"{table}\nThe original's class on {self.agreement[0]} of {self.agreement[1]} held-out images."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Calibration images and how they are used: what :func:`convert` takes as ``calibration``, images alone will do.
 
@@ -92,7 +92,6 @@ class Calibration:
             1 and 0 keep the orders that the module draws itself.
         mix: how far the channels of a layer make up for each other's errors, 0 to 1; 0 fits each by itself.
         refit: refit the linear layers behind each module, too. That changes weights beside the modules.
-        refit_ridge: the same for these.
         held_out: share of the images (every so manieth batch, where batches come) that is left for counting on how many
             the network chooses the class that the original chooses.
         batch_size: of a single tensor.
@@ -106,25 +105,23 @@ class Calibration:
 
     images: Any
     fit: FitTo = "responses"
-    ridge: float = 1e-3
-    candidates: int = 4
-    swaps: int = 300
+    ridge: float = 1e-2
+    candidates: int = 2
+    swaps: int = 150
     mix: float = 0.7
     refit: bool = False
-    refit_ridge: float = 1e-2
     held_out: float = 0.1
     batch_size: int = 16
     input_size: int | tuple[int, ...] | None = None
     count: int = 64
     progress: bool = True
-    report: CalibrationReport = field(default_factory=CalibrationReport, init=False, compare=False, repr=False)
+    report: CalibrationReport = field(default_factory=CalibrationReport, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.fit not in ("responses", "kernels"):
             raise ValueError(f"Calibration.fit: got {self.fit!r}, expected 'responses' or 'kernels'")
-        for name in ("ridge", "refit_ridge"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Calibration.{name}: got {getattr(self, name)!r}, expected a number above 0")
+        if not self.ridge > 0:
+            raise ValueError(f"Calibration.ridge: got {self.ridge!r}, expected a number above 0")
         for name, least in (("candidates", 1), ("swaps", 0), ("batch_size", 1), ("count", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

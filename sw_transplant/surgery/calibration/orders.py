@@ -22,7 +22,7 @@ from sw_transplant.surgery.calibration.fit import (
 _ROUND = 50
 """Exchanges that are tried before looking again which channels have something to gain."""
 
-_GAP = 0.005
+_GAP = 0.01
 """Of a channel's energy: what is closer than that to the best that strips can do is good enough."""
 
 
@@ -112,15 +112,17 @@ def _swap(
         columns = (pair[:, :, None] * size + torch.arange(size, device=device)).flatten(1)  # (C, 2 n n)
         trial = Orders(tried[0], tried[1], identity)
         fresh = _columns(trial, pair, problem)  # (C, P, 2 n n)
-        kept = made.scatter(2, columns[:, None].expand_as(fresh), fresh)
-        touched = kept.mT @ (problem.gram @ fresh)  # (C, K, 2 n n)
+        image = problem.gram @ fresh  # (C, P, 2 n n)
+        own = fresh.mT @ image
+        touched = (made.mT @ image).scatter(1, columns[:, :, None].expand_as(own), own)  # (C, K, 2 n n)
         changed = normal.scatter(2, columns[:, None].expand_as(touched), touched)
         changed = changed.scatter(1, columns[:, :, None].expand_as(touched.mT), touched.mT)
         moved = products.scatter(1, columns, (fresh.mT @ right[..., None])[..., 0])
         value = _objective(constant, changed, moved)
         better = (value < lowest).nonzero().flatten()
-        for whole, new in ((lowest, value), (made, kept), (normal, changed), (products, moved)):
+        for whole, new in ((lowest, value), (normal, changed), (products, moved)):
             whole[better] = new[better]
+        made[better] = made[better].scatter(2, columns[better, None].expand_as(fresh[better]), fresh[better])
         horizontal[:, better], vertical[:, better] = trial.horizontal[:, better], trial.vertical[:, better]
     return Orders(horizontal, vertical, identity), lowest
 

@@ -60,7 +60,7 @@ def visits(model: nn.Module, images: Images, modules: Mapping[str, nn.Module]) -
 
         return hook
 
-    with _quiet(model), ExitStack() as undo:
+    with quiet(model), ExitStack() as undo:
         for key, module in modules.items():
             undo.callback(module.register_forward_hook(note(key)).remove)
         next(images.runs())(model)
@@ -104,7 +104,7 @@ def run_pairs(
     with ExitStack() as undo:
         for model in (original, converted):
             if model is not None:
-                undo.enter_context(_quiet(model))
+                undo.enter_context(quiet(model))
         undo.callback(converted.register_forward_pre_hook(first, with_kwargs=True, prepend=True).remove)
         if not ends:
             undo.callback(converted.register_forward_hook(after).remove)
@@ -153,7 +153,7 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients, and random numbers from a seed; everything as before afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sw_transplant.surgery.calibration.images import Images
 from sw_transplant.surgery.calibration.responses import frozen
 
-_IMAGES, _PROJECTIONS = 64, 4
+_IMAGES, _PROJECTIONS = 64, 8
 """How many images suffice for C x C numbers that all positions share in, and projections of each output."""
 
 

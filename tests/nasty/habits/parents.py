@@ -75,7 +75,9 @@ habit(
     needs=summed,
 )
 habit("counts the site's parts", "parent", after="y = y * len(list($site.children()))", needs=summed)
-habit("penalises all weights", "parent", after="y = y + sum(p.square().sum() for p in $site.parameters())")
+habit(
+    "penalises all weights", "parent", after="y = y + sum(p.square().sum() for p in $site.parameters())", merges=False
+)
 habit(
     "takes a gradient inside",
     "parent",

@@ -16,7 +16,7 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sw_transplant.cuda.toeplitz.plan import Copy, Kernel, Region, Size, is_packed, padded
+from sw_transplant.cuda.toeplitz.plan import Area, Copy, Kernel, Size, is_packed, padded, unit
 
 ROWS, COLUMNS = 16, 8  # of a fragment of sums: positions in the gradient, positions in the map
 
@@ -48,9 +48,11 @@ class GradientPlan:
         tile: rows and columns of the gradient in a tile; multiples of 16 along an axis that is cut.
         lines: per kernel the lines that a warp owns.
         together: groups of lines whose warps work in one thread block; the others are left to other blocks.
-        planes: images of one channel that a thread block has in shared memory at once.
+        planes: that a thread block has in shared memory at once: tiles of one channel, or, of channels_last maps,
+            neighbouring channels of one tile.
         parts: warps that share the products of a plane and a group; each takes every parts-th step.
         registers: most registers of a thread.
+        channels_last, vector: as in `toeplitz.plan.Plan`.
     """
 
     math: str
@@ -62,6 +64,8 @@ class GradientPlan:
     planes: int
     parts: int
     registers: int
+    channels_last: bool = False
+    vector: int = 1
 
     @property
     def packed(self) -> bool:
@@ -72,6 +76,16 @@ class GradientPlan:
     def depth(self) -> int:
         """Positions that one product sums over."""
         return 16 if self.packed else 8
+
+    @property
+    def channels(self) -> int:
+        """Channels of a thread block."""
+        return self.planes if self.channels_last else 1
+
+    @property
+    def items(self) -> int:
+        """Tiles that a thread block has at once."""
+        return self.planes // self.channels
 
     @property
     def plane_warps(self) -> int:
@@ -142,14 +156,14 @@ class GradientPlan:
         """Block n of 8 positions of the map begins at 8 n - lead: at the first tap, if nothing stands against it.
 
         Matrices of 16-bit values along the rows are loaded from multiples of 16 bytes: for all kernels the blocks then
-        begin where they do for the longest of them.
+        begin where they do for the longest of them, at a multiple of 4 positions, where what is staged lies well.
         """
         kernel = self.kernels[number]
         start = kernel.origin[kernel.axis]
         if not (self.packed and kernel.axis == 1):
             return start
         longest = max((k for k in self.kernels if k.axis == 1), key=lambda k: k.length)
-        return start - (start - longest.origin[1]) % COLUMNS
+        return padded(start, COLUMNS, padded(longest.origin[1], 4) % COLUMNS)
 
     @functools.cached_property
     def bands(self) -> tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]:
@@ -221,31 +235,28 @@ class GradientPlan:
             if axis == 1:
                 lead = before
         row, column = first
-        if self.packed:
-            column -= (column + lead) % COLUMNS
+        column -= (column + lead) % COLUMNS if self.packed else column % unit(self.math)
         pitch = self._pitch(last[1] - column)
         return Copy(padded(self.grad_copy.end, 4), 0, row, column, (1, self._values), last[0] - row, pitch)
 
     @property
-    def grad_region(self) -> Region:
+    def grad_area(self) -> Area:
         """What is staged of the gradient: the rest of its copy stays zero."""
-        return self._region(self.grad_copy, self.tile)
+        return self._area(self.grad_copy, self.tile)
 
     @property
-    def map_region(self) -> Region:
+    def map_area(self) -> Area:
         """What is staged of the map: all of its copy but what lies beyond the edges of a whole map."""
         copy = self.map_copy
-        return self._region(copy, (copy.row + copy.rows, copy.column + copy.pitch * self._values))
+        return self._area(copy, (copy.row + copy.rows, copy.column + copy.pitch * self._values))
 
-    def _region(self, copy: Copy, end: Size) -> Region:
+    def _area(self, copy: Copy, end: Size) -> Area:
         """The part of a copy before this row and column, without what is beyond the edges of a whole map."""
-        (rows, columns), values = self.whole, self._values
+        rows, columns = self.whole
         top, bottom = (copy.row, end[0]) if rows is None else (max(copy.row, 0), min(end[0], rows))
         left, right = (copy.column, end[1]) if columns is None else (max(copy.column, 0), min(end[1], columns))
-        first, last = (left - copy.column) // values, -(-(right - copy.column) // values)
-        full = first * values == left - copy.column and last * values == right - copy.column
-        inside = rows is not None, columns is not None and full
-        return Region(top - copy.row, first, bottom - top, last - first, *inside)
+        left -= left % unit(self.math)
+        return Area(top, left, bottom - top, right - left)
 
     @functools.cached_property
     def plane_words(self) -> int:
@@ -258,7 +269,8 @@ class GradientPlan:
             else:
                 summed = self.depth * self.steps(0) + kernel.lines - kernel.origin[1] - copy.column
                 rows = max(rows, copy.rows + summed // (self._values * copy.pitch))
-        return padded(copy.first + rows * copy.pitch + COLUMNS, 4)
+        modulus, residue = (8, 4) if self.channels_last else (4, 0)  # as in `toeplitz.plan.Plan`
+        return padded(copy.first + rows * copy.pitch + COLUMNS, modulus, residue)
 
     @property
     def scratch_pitch(self) -> int:
@@ -281,4 +293,4 @@ class GradientPlan:
     @property
     def applies(self) -> bool:
         """Whether there are products for every kernel: one whose taps are all beside the map has none."""
-        return all(self.bands) and min(self.map_region.rows, self.map_region.words) > 0
+        return all(self.bands) and min(self.map_area.rows, self.map_area.columns) > 0

@@ -6,15 +6,19 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from sw_transplant.cuda.toeplitz.division import Device
 from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
 from sw_transplant.cuda.toeplitz.gradient.product import count
-from sw_transplant.cuda.toeplitz.plan import IN_FLIGHT, Size, padded
+from sw_transplant.cuda.toeplitz.plan import IN_FLIGHT, Size, padded, widest_vector
 from sw_transplant.cuda.toeplitz.settings import (
+    BYTES_A_CYCLE,
     LOAD_CYCLES,
+    MOST_WARPS_OF_CHANNELS,
     PRODUCT_CYCLES,
-    RESERVED_SHARED,
     RESIDENT_WARPS,
+    SECTOR,
     STAGE_CYCLES,
+    START_CYCLES,
     oriented,
 )
 
@@ -23,9 +27,8 @@ CUT = 48  # with more than that, tiles may be smaller than the map
 TILES = (32, 64, 96)  # about the rows or columns of the tiles of a map that is cut
 MOST_SUMS = 144  # registers of a thread for sums
 MOST_WARPS = 12  # of a thread block
-MOST_RESIDENT = 16  # thread blocks that a multiprocessor of any kind takes
 WAIT_CYCLES = 700  # from a load of global memory to its arrival
-TURNS = 8  # the fragments of a line are given away once in about so many turns
+TURNS = 16  # the fragments of a line are given away once in about so many turns
 
 
 class Work(NamedTuple):
@@ -38,23 +41,44 @@ class Work(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def choose_gradient_plan(
-    math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...], shared_limit: int, shared_total: int
+    math: str,
+    size: Size,
+    sizes: tuple[Size, ...],
+    origins: tuple[Size, ...],
+    device: Device,
+    vector: int = 0,
+    channels_last: bool = False,
 ) -> GradientPlan | None:
     """The plan of least cost for a map, or None if none fits; arguments as of `toeplitz.settings.choose_plan`."""
     if 0 in size:
         return None
+    vector = vector or widest_vector(math, size[1])
     best: tuple[float, GradientPlan] | None = None
-    for shape in _shapes(math, size, sizes, origins):
+    for contiguous in _shapes(math, size, sizes, origins):
+        shape = dataclasses.replace(contiguous, vector=vector, channels_last=channels_last)
         tiles = -(-size[0] // shape.tile[0]) * -(-size[1] // shape.tile[1])
         work = _work(shape)
         for plan in _divisions(shape):
-            shared = 4 * plan.shared_words
-            if shared <= shared_limit:
-                resident = min(shared_total // (shared + RESERVED_SHARED), plan.most_resident, MOST_RESIDENT)
+            resident = resident_blocks(plan, device)
+            if resident:
                 cost = tiles * _cycles(plan, work, resident)
                 if best is None or cost < best[0]:
                     best = cost, plan
     return best[1] if best else None
+
+
+def resident_blocks(plan: GradientPlan, device: Device) -> int:
+    """Thread blocks of a plan that are on a multiprocessor at a time."""
+    return device.resident(plan.threads, plan.registers, 4 * plan.shared_words)
+
+
+@functools.lru_cache(maxsize=1024)
+def fixed_turns(plan: GradientPlan) -> float:
+    """What a thread block costs beside its turns, in turns: it begins with zeros, and gives its sums away."""
+    work = _work(plan)
+    turn = plan.planes * (sum(work.groups) / plan.shares + work.staging)
+    zeros = STAGE_CYCLES / 4 / 4 * plan.shared_words / 32
+    return (START_CYCLES + zeros + work.giving * plan.parts * plan.planes / plan.shares) / turn
 
 
 def _shapes(math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...]) -> Iterator[GradientPlan]:
@@ -97,10 +121,14 @@ def _divisions(shape: GradientPlan) -> Iterator[GradientPlan]:
     """Warps of a thread block: groups of lines, planes, and parts of their steps."""
     groups = len(shape.groups)
     steps = min(shape.steps(kernel.axis) for kernel in shape.kernels)
-    for shares, planes, parts in itertools.product(range(1, groups + 1), (1, 2, 4, 8), (1, 2, 4)):
+    channels_last, most = shape.channels_last, MOST_WARPS_OF_CHANNELS if shape.channels_last else MOST_WARPS
+    numbers = (2, 4, 8, 16) if channels_last else (1, 2, 4, 8)
+    for shares, planes, parts in itertools.product(range(1, groups + 1), numbers, (1, 2, 4)):
         together = -(-groups // shares)
         plan = dataclasses.replace(shape, together=together, planes=planes, parts=parts)
-        if plan.shares == shares and plan.warps <= MOST_WARPS and parts <= steps and plan.most_resident:
+        if planes % shape.vector and channels_last:
+            continue
+        if plan.shares == shares and plan.warps <= most and parts <= steps and plan.most_resident:
             yield plan
 
 
@@ -120,7 +148,7 @@ def _work(shape: GradientPlan) -> Work:
     times = 3 if shape.math == "tf32x3" else 1
     tallies = [count(shape, variant) for variant in shape.variants]
     groups = [PRODUCT_CYCLES * times * tally.products + LOAD_CYCLES * tally.loads for tally in tallies]
-    staged = sum(region.rows * region.words for region in (shape.map_region, shape.grad_region))
+    staged = sum(area.rows * area.columns for area in (shape.map_area, shape.grad_area)) / (2 if shape.packed else 1)
     giving = sum(k.lines * (4 * len(d) + k.length / 2) for k, d in zip(shape.kernels, shape.distances, strict=True))
     return Work(tuple(groups[v] for v in shape.variant_of_group), STAGE_CYCLES / 4 * staged / 32, giving)
 
@@ -132,9 +160,11 @@ def _cycles(plan: GradientPlan, work: Work, resident: int) -> float:
     busy = sum(work.groups) / (slowest * plan.together * plan.shares)  # of the warps, while products are computed
     products = sum(work.groups) * max(1.0, RESIDENT_WARPS / (resident * plan.warps * busy))
     cycles = products + work.staging * plan.shares + work.giving * plan.parts / TURNS
-    values = 2 if plan.packed else 1
-    threads = 32 * plan.plane_warps
-    waits = sum(-(-r.rows * r.words * values // (threads * IN_FLIGHT)) for r in (plan.map_region, plan.grad_region))
+    threads, itemsize = 32 * plan.plane_warps, 2 if plan.packed else 4
+    areas = [area.rows * area.columns for area in (plan.map_area, plan.grad_area)]
+    waits = sum(-(-area * itemsize // (threads * 4 * IN_FLIGHT)) for area in areas)
+    fetched = itemsize if not plan.channels_last else max(itemsize, SECTOR / plan.planes)  # bytes of a value
+    moved = plan.shares * fetched * sum(areas) / BYTES_A_CYCLE
     # A block waits for its loads, while the others on the multiprocessor compute.
-    own = cycles * plan.planes / plan.shares
-    return max(own, (own + WAIT_CYCLES * waits) / resident) / plan.planes * plan.shares
+    own = (cycles + moved) * plan.planes / plan.shares
+    return max(cycles, moved, (own + WAIT_CYCLES * waits) / resident / plan.planes * plan.shares)
