@@ -18,7 +18,7 @@ SOURCES := sw_transplant tests examples benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint pytest gpu clean
+.PHONY: help demo test test-all lint pytest docs gpu clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ lint: $(VENV)/.test ## Check style, formatting and types
 pytest: $(VENV)/.test ## Test without lint and types
 	$(PYTEST)
 
+docs: $(VENV)/.docs ## Build the site of the documentation into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 gpu: ## On a machine with a GPU: tests, sanitizer, benchmarks, profile; STAGES="facts correct" for some of it
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu: there is no NVIDIA GPU here (nvidia-smi -L finds none)." >&2; exit 2; }
 	@$(MAKE) --no-print-directory $(VENV)/.cuda
@@ -49,7 +52,7 @@ clean: ## Remove the environment, builds and caches
 	find $(SOURCES) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # An empty file per extra says that it is installed; newer requirements install it again.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.cuda: $(VENV)/.%: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+$(VENV)/.demo $(VENV)/.docs $(VENV)/.test $(VENV)/.cuda: $(VENV)/.%: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@echo "Installing sw-transplant[$*] into $(VENV); PyTorch is large, the first time takes some minutes ..."
 	$(INSTALL) -e '.[$*]'
 	@touch $@

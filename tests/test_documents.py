@@ -199,6 +199,15 @@ def test_the_index_lists_every_page(folder: str) -> None:
     assert sorted(pages - listed) == []
 
 
+def test_the_site_has_every_page() -> None:
+    listed = re.findall(
+        r"^ +- (?:.+?: )?([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert sorted(name for name in listed if not name.startswith("project/")) == sorted(pages)
+    assert [name for name in listed if name.startswith("project/") and not (ROOT / Path(name).name).is_file()] == []
+
+
 EXAMPLES = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in sorted((ROOT / "docs" / "design").glob("*.md"))

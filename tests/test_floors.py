@@ -26,7 +26,7 @@ FLOORS = [
     "models",
     "surgery",
 ]
-FLOORS += ["sparsity", "science", "hf", "check", "__init__", "cli", "__main__"]
+FLOORS += ["sparsity", "science", "hf", "check", "__init__", "report", "cli", "__main__"]
 
 
 def modules_of(package: Path) -> dict[str, Path]:

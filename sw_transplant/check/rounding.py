@@ -54,10 +54,19 @@ class LayerRounding:
     bound: float | None
     largest_error: float | None
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerRounding:
+        """One entry of a certificate."""
+        return cls(**{name: _tuples(value) for name, value in values.items() if name != "ok"})
+
     @property
     def ok(self) -> bool:
         """Whether the error is within the bound; True where there is none."""
         return self.bound is None or (self.largest_error is not None and self.largest_error <= self.bound)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def measure_layers(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[LayerRounding, ...]:

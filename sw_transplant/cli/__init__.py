@@ -1,4 +1,4 @@
-"""The command line: sw-transplant inspect | convert | verify | check | cache.
+"""The command line: sw-transplant inspect | convert | verify | check | report | cache.
 
 Read in this order:
 
@@ -9,6 +9,7 @@ Read in this order:
     cost          parameters, multiplications, memory
     recipe        published trainings
     certificates  the command check
+    pages         the command report
     results       what a command gives back
     data          the images of --data, and what is said of them
     load_model    a model from what the user names: a timm name, a folder, a function

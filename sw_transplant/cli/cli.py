@@ -1,4 +1,4 @@
-"""The command line: inspect, convert, verify, check, cache, and ladder, cost, erf, recipe about the papers."""
+"""The command line: inspect, convert, verify, check, report, cache, and ladder, cost, erf, recipe about the papers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sw_transplant import __version__
 from sw_transplant.cli.certificates import run_check
 from sw_transplant.cli.commands import run_cache, run_convert, run_inspect, run_verify
 from sw_transplant.cli.load_model import InputError, one_line
+from sw_transplant.cli.pages import run_report
 from sw_transplant.cli.results import Result
 from sw_transplant.cli.science import add_science_commands
 from sw_transplant.config import Form, Guarantee, SWConfig
@@ -120,6 +121,10 @@ EXAMPLES = {
   sw-transplant verify ./my_convnext --data images.npz --device cuda --dtype float16 --json
   sw-transplant verify my_module:super_resolution --data photos --no-resize
 """,
+    "report": """\
+  sw-transplant report convnext_atto --size 64 --out report.html
+  sw-transplant report slak_tiny --checkpoint slak_tiny.pth --data imagenet/val --max-images 500
+""",
     "check": """\
   sw-transplant check converted
   sw-transplant check converted --model slak_tiny --checkpoint slak_tiny.pth
@@ -141,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_verify(commands)
     _add_check(commands)
+    _add_report(commands)
     _add_cache(commands)
     add_science_commands(commands, _add_output, MODEL_HELP)
     return parser
@@ -168,6 +174,16 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument(
         "--converted", type=Path, metavar="FOLDER", help="what convert saved; default: the model is converted now"
     )
+    _add_data(parser)
+    parser.add_argument("--certificate", type=Path, metavar="FILE", help="write what was found to this JSON file")
+    parser.add_argument(
+        "--bound", type=_bound, metavar="X", help="relative RMS error allowed; default: by dtype, float32 1e-5"
+    )
+    _add_search(parser)
+    _add_form(parser)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
@@ -193,12 +209,14 @@ def _add_verify(commands: Any) -> None:
         metavar="SIZE",
         help="of the images, 224 or 192x256; default: the model's",
     )
-    parser.add_argument("--certificate", type=Path, metavar="FILE", help="write what was found to this JSON file")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is built")
     parser.add_argument("--dtype", choices=DTYPES, help="what to compute in; default: the model's")
-    parser.add_argument(
-        "--bound", type=_bound, metavar="X", help="relative RMS error allowed; default: by dtype, float32 1e-5"
-    )
+
+
+def _add_report(commands: Any) -> None:
+    parser = _add_command(commands, "report", run_report, "write a page with tables, pictures and the certificate")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="%(default)s")
+    _add_data(parser)
     _add_search(parser)
     _add_form(parser)
 

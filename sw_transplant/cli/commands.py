@@ -31,9 +31,9 @@ from sw_transplant.tables import render_table
 
 def run_inspect(arguments: argparse.Namespace) -> Result:
     """The dry run. Raises InputError, as all commands."""
-    model = _load(arguments).model
+    model = load_for(arguments).model
     with input_errors():
-        inspection = inspect_model(model, _config(arguments), select=arguments.select)
+        inspection = inspect_model(model, config_of(arguments), select=arguments.select)
     return Result(str(inspection), {"model": arguments.model, **inspection.to_dict()})
 
 
@@ -66,18 +66,18 @@ def run_convert(arguments: argparse.Namespace) -> Result:
         _check_output(arguments.output)
     elif arguments.certificate:
         raise InputError("--certificate needs --output FOLDER: it is about what is saved there")
-    loaded = _load(arguments)
+    loaded = load_for(arguments)
     if arguments.output is None:
         note("without --output nothing is saved")
     elif loaded.random is not None:
         note(loaded.random)
-    converted = _converted(loaded.model, arguments, inplace=not arguments.certificate)
+    converted = convert_for(loaded.model, arguments, inplace=not arguments.certificate)
     if arguments.output is not None:
         with input_errors():
             save(converted, arguments.output)
             (arguments.output / CERTIFICATE_NAME).unlink(missing_ok=True)  # of an earlier conversion
     # Whatever could still be converted has been left out by --select, and is to be reported so.
-    config, nothing = _config(arguments), lambda path, module: False
+    config, nothing = config_of(arguments), lambda path, module: False
     text = summary(converted, config, select=nothing)
     if arguments.output is not None:
         description = CONFIG_NAME if (arguments.output / CONFIG_NAME).is_file() else "config.json"
@@ -101,13 +101,13 @@ def run_convert(arguments: argparse.Namespace) -> Result:
 
 def run_verify(arguments: argparse.Namespace) -> Result:
     """Compares a model with its conversion, made now or saved before."""
-    _check_verify(arguments)
-    loaded = _load(arguments)
+    check_comparison(arguments)
+    loaded = load_for(arguments)
     original = loaded.model
     if loaded.random is not None:
         note(f"{loaded.random}; many networks start with blocks that hardly count, and hide errors in them")
     if arguments.converted is None:
-        converted = _converted(original, arguments, inplace=False)
+        converted = convert_for(original, arguments, inplace=False)
     else:
         with input_errors():
             converted = load(original, arguments.converted)
@@ -123,7 +123,7 @@ def run_verify(arguments: argparse.Namespace) -> Result:
             input_size=arguments.input_size if arguments.data is None else None,
             seed=arguments.seed,
             certificate=arguments.certificate,
-            config=_config(arguments) if arguments.converted is None else None,
+            config=config_of(arguments) if arguments.converted is None else None,
         )
     values = {
         "model": arguments.model,
@@ -134,21 +134,24 @@ def run_verify(arguments: argparse.Namespace) -> Result:
     return Result(str(report), values, 0 if report.ok else 1)
 
 
-def _load(arguments: argparse.Namespace) -> LoadedModel:
+def load_for(arguments: argparse.Namespace) -> LoadedModel:
+    """MODEL, with the weights that the options name."""
     return load_model(
         arguments.model, checkpoint=arguments.checkpoint, num_classes=arguments.num_classes, seed=arguments.seed
     )
 
 
-def _config(arguments: argparse.Namespace) -> SWConfig:
+def config_of(arguments: argparse.Namespace) -> SWConfig:
+    """What the options ask for."""
     given = {name: getattr(arguments, name, None) for name in ("min_kernel", "tile", "form", "guarantee")}
     return SWConfig(**{name: value for name, value in given.items() if value is not None})
 
 
-def _converted(model: torch.nn.Module, arguments: argparse.Namespace, *, inplace: bool) -> torch.nn.Module:
+def convert_for(model: torch.nn.Module, arguments: argparse.Namespace, *, inplace: bool) -> torch.nn.Module:
+    """The conversion that the options ask for."""
     try:
         with input_errors():
-            return convert(model, _config(arguments), select=arguments.select, inplace=inplace)
+            return convert(model, config_of(arguments), select=arguments.select, inplace=inplace)
     except InputError as error:
         if not isinstance(error.__cause__, NoLargeKernelError):
             raise
@@ -181,8 +184,9 @@ def _check_output(folder: Path) -> None:
         )
 
 
-def _check_verify(arguments: argparse.Namespace) -> None:
-    if arguments.converted is not None:
+def check_comparison(arguments: argparse.Namespace) -> None:
+    """What can be said of the options of verify and report without a model."""
+    if getattr(arguments, "converted", None) is not None:
         for option in ("min_kernel", "tile", "form", "guarantee", "select"):
             if getattr(arguments, option) is not None:
                 name = option.replace("_", "-")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from sw_transplant.cli.load_model import InputError, one_line
 
-EXTRAS = {"PIL": "hf", "timm": "timm", "torchvision": "timm", "transformers": "hf"}
+EXTRAS = {"PIL": "hf", "matplotlib": "plot", "timm": "timm", "torchvision": "timm", "transformers": "hf"}
 """Which extra of sw-transplant brings a package."""
 
 
@@ -24,7 +24,7 @@ def input_errors() -> Iterator[None]:
         yield
     except ImportError as error:
         extra = EXTRAS.get(str(error.name).partition(".")[0])
-        hint = f'; pip install "sw-transplant[{extra}]"' if extra else ""
+        hint = f'; pip install "sw-transplant[{extra}]"' if extra and "pip install" not in str(error) else ""
         raise InputError(f"{one_line(error)}{hint}") from error
     except InputError:
         raise
