@@ -168,7 +168,7 @@ def test_verify_slak_asks_for_what_is_missing(here: Run) -> None:
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize(("images", "right"), sample([(200, 168), (1000, 834)], [(200, 168)]))
+@pytest.mark.parametrize(("images", "right"), sample([(200, 168), (1000, 834)], []))
 def test_verify_slak_on_trained_weights(here: Run, tmp_path: Path, shared: Path, images: int, right: int) -> None:
     config = {
         "model": {"depths": [2, 2, 4, 2], "dims": [24, 48, 96, 160], "width_factor": 1.0, "num_classes": 10},
@@ -252,6 +252,7 @@ def check_fine_tuning(output: str, held_out: int, recovers_to: float) -> None:
     assert int(re.findall(r"plain convolutions (\d+)", output)[0]) > recovers_to * held_out
 
 
+@pytest.mark.exhaustive
 def test_the_papers_module_is_fine_tuned(here: Run, few_digits: None) -> None:
     check_fine_tuning(here("finetune_shiftwise.py", "--epochs", 1, "--swaps", 0), 90, 0.9)
 

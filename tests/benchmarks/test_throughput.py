@@ -75,6 +75,7 @@ def test_native_against_converted_and_peers(throughput, tmp_path: Path, monkeypa
     assert json.loads(file.read_text())["rows"] == rows
 
 
+@pytest.mark.exhaustive
 def test_what_fails_is_empty_and_has_a_reason(throughput, monkeypatch) -> None:
     def refuse(network: nn.Module, **options) -> nn.Module:
         if any(isinstance(module, ShiftwiseConv2d) for module in network.modules()):
@@ -93,6 +94,7 @@ def test_what_fails_is_empty_and_has_a_reason(throughput, monkeypatch) -> None:
     assert "no_such_network" in row["reasons"]["row"]
 
 
+@pytest.mark.exhaustive
 def test_the_papers_network_in_its_forms(throughput, networks, monkeypatch) -> None:
     monkeypatch.setitem(throughput.COUNTERPART, "sw_tiny", "unireplknet_a")
     shift, auto = throughput.main([*TINY, "--models", "sw_tiny", "--dtypes", "fp32", "--no-compile"])

@@ -45,6 +45,7 @@ def test_the_papers_module_has_no_native_form(training) -> None:
         assert row["ratio"] > 0
 
 
+@pytest.mark.exhaustive
 def test_a_form_that_fails_is_an_empty_cell_with_its_reason(training, monkeypatch) -> None:
     def fails(x, *arguments):
         raise torch.OutOfMemoryError("too large")

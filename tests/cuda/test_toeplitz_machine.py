@@ -45,7 +45,7 @@ CASES = [(*case, math) for case in QUICK + SLOW for math in BOUNDS]
 
 @pytest.mark.parametrize(
     ("layer", "batch", "tiles", "math"),
-    sample(CASES, [(*QUICK[0], "tf32"), (*QUICK[0], "tf32x3"), (*QUICK[1], "bfloat16"), (*QUICK[2], "float16")]),
+    sample(CASES, [(*QUICK[0], "tf32x3"), (*QUICK[1], "bfloat16")]),
     ids=str,
 )
 def test_compiled_kernel(layer: Layer, batch: int, tiles, math: str) -> None:
@@ -79,7 +79,7 @@ def test_float32_accuracy_where_tensor_cores_cut(layer: Layer, most: float) -> N
             for channels in (3, 6, 20)
             for math in BOUNDS
         ],
-        [(Layer((13, 12), strips(9, 3)), 20, "tf32"), (Layer((14, 16), ((7, 7),)), 3, "float16")],
+        [(Layer((14, 16), ((7, 7),)), 3, "float16")],
     ),
     ids=str,
 )
