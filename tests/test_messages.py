@@ -31,7 +31,7 @@ DAMAGE = {
     "in_channels": ("4", r"layer '0': in_channels: got '4', expected an integer of at least 1"),
     "tile": (2.5, r"layer '0': branch: tile: got 2.5, expected an integer of at least 1"),
     "weight": (3, r"layer '0': branch: weight: got 3, expected the name of a part, or null"),
-    "dilation": ("x", r"BranchGeometry.dilation: got \('x',\), expected two integers"),
+    "dilation": ("x", r"layer .*'dilation': 'x'.*expected integers"),
     "kernel_size": (["a", 3], "not the description of a converted layer"),
 }
 

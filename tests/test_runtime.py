@@ -66,7 +66,8 @@ def test_autocast_in_eval(name: str, form: str) -> None:
         for enabled in (True, False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 got = module(x)
-                assert got.dtype is plain(x).dtype
+                # The paper's module adds its input in float32; merged, that is a part of a kernel.
+                assert got.dtype is (torch.float32 if name == "paper" else plain(x).dtype)
                 assert error(got, expected) <= BOUNDS[torch.bfloat16 if enabled else torch.float32]
                 with torch.autocast("cpu", enabled=False):
                     inner = module(x)

@@ -103,7 +103,10 @@ def _files(folder: Path, hashes: dict[str, Any]) -> list[Finding]:
 
 
 def _again(folder: Path, original: nn.Module, values: dict[str, Any]) -> list[Finding]:
-    converted = load(original, folder)
+    try:
+        converted = load(original, folder)
+    except ValueError as error:
+        return [Finding("loading it", False, str(error))]
     findings = []
     for whose, model in (("original", original), ("converted", converted)):
         same = hash_weights(model) == values["weights"][whose]
