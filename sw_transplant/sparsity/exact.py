@@ -3,13 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sw_transplant.sparsity.masked_layers import MaskedLayer
-from sw_transplant.sparsity.snip import best_units
+from sw_transplant.sparsity.snip import above_one_threshold, best_units
+
+
+def first_masks(
+    scores: Mapping[MaskedLayer, Tensor],
+    groups: Sequence[Sequence[MaskedLayer]],
+    density: float,
+    rng: np.random.Generator,
+    *,
+    drawn: bool,
+) -> dict[MaskedLayer, Tensor]:
+    """The first masks: one threshold for large kernels, and one for the rest; parallel paths get a common mask.
+
+    Args:
+        scores: of each layer's units.
+        groups: the paths of each module.
+        density: the share of units that stays in use.
+        rng: draws which stay, as many in each layer, if ``drawn``.
+    """
+    masks: dict[MaskedLayer, Tensor] = {}
+    for large in (True, False):
+        alike = [group for group in groups if group[0].large is large]
+        if not alike:
+            continue
+        means = [torch.stack([scores[layer] for layer in group]).mean(0) for group in alike]
+        for group, mask in zip(alike, above_one_threshold(means, density), strict=True):
+            if drawn:
+                mask = best_units(uniform(rng, mask), torch.ones_like(mask), int(mask.sum()))
+            masks |= dict.fromkeys(group, mask)
+    return masks
+
+
+@torch.no_grad()
+def put_masks(masks: Mapping[MaskedLayer, Tensor], optimizer: Any) -> None:
+    """Puts masks in place. What was not in use both before and after starts from zero, in the optimizer's state too."""
+    for layer, mask in masks.items():
+        own, weight = layer.mask_in_use, layer.weight
+        fresh = layer.spread(~(own & mask))
+        own.copy_(mask)
+        weight.masked_fill_(fresh, 0)
+        for value in (optimizer.state.get(weight, {}) if optimizer else {}).values():
+            if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
+                value.masked_fill_(fresh, 0)
 
 
 def renewed_mask(

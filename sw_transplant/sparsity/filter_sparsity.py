@@ -18,16 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from sw_transplant.layers.masks import MaskedTiles
-from sw_transplant.sparsity.exact import renewed_mask, uniform
+from sw_transplant.sparsity import exact, published
 from sw_transplant.sparsity.masked_layers import MaskedLayer, of_first_rank, trainable_layers
-from sw_transplant.sparsity.published import (
-    Dynamics,
-    first_masks,
-    published_layers,
-    published_rate,
-    renewed_masks,
-)
-from sw_transplant.sparsity.snip import Batch, above_one_threshold, best_units, snip_scores
+from sw_transplant.sparsity.published import Dynamics, published_layers, published_rate
+from sw_transplant.sparsity.snip import Batch, snip_scores
 
 Init = Literal["snip", "snip_random"]
 Growth = Literal["random", "gradient"]
@@ -177,20 +171,10 @@ class FilterSparsity:
         scores = dict(zip(self._layers, snip_scores(self.model, self._layers, batch), strict=True))
         rng = np.random.default_rng((self.seed, 0))
         if self.dynamics == "published":
-            first, self._dense = first_masks(scores, 1 - self.sparsity, rng)
+            first, self._dense = published.first_masks(scores, 1 - self.sparsity, rng)
             self._set(first)
             return
-        masks: dict[MaskedLayer, Tensor] = {}
-        for large in (True, False):
-            groups = [group for group in self._groups if group[0].large is large]
-            if not groups:
-                continue
-            means = [torch.stack([scores[layer] for layer in group]).mean(0) for group in groups]
-            for group, mask in zip(groups, above_one_threshold(means, 1 - self.sparsity), strict=True):
-                if self.init == "snip_random":
-                    mask = best_units(uniform(rng, mask), torch.ones_like(mask), int(mask.sum()))
-                masks |= dict.fromkeys(group, mask)
-        self._set(masks)
+        self._set(exact.first_masks(scores, self._groups, 1 - self.sparsity, rng, drawn=self.init == "snip_random"))
 
     def rate(self, step: int) -> float:
         """The share of the used filters that an update after ``step`` steps exchanges."""
@@ -305,7 +289,7 @@ class FilterSparsity:
             self._sparse = True
         self.steps += 1
         if self.dynamics == "published":  # gradients of idle filters reach the optimizer: its steps are undone
-            self._zero()
+            published.zero_idle(self._layers, self._optimizer)
         if self._due(self.steps):
             self._update()
         self._record()
@@ -339,12 +323,12 @@ class FilterSparsity:
         if self.dynamics == "published":
             masked = [part for part in parts if part[0] not in self._dense]
             if masked:
-                self._set(renewed_masks(masked, self.rate(self.steps), rng))
+                self._set(published.renewed_masks(masked, self.rate(self.steps), rng))
             return
         masks: dict[MaskedLayer, Tensor] = {}
         for part in parts:
             gradients = None if self.growth == "random" else self._gradients
-            mask = renewed_mask(part, self.rate(self.steps), rng, gradients, equal_paths=self._equal_paths)
+            mask = exact.renewed_mask(part, self.rate(self.steps), rng, gradients, equal_paths=self._equal_paths)
             masks |= dict.fromkeys(part, mask)
         self._gradients.clear()
         self._set(masks)
@@ -352,29 +336,12 @@ class FilterSparsity:
     @torch.no_grad()
     def _set(self, masks: dict[MaskedLayer, Tensor]) -> None:
         """Puts the masks of rank 0 in place. What was not in use both before and after starts from zero."""
-        if self.dynamics == "published":
-            for layer, mask in of_first_rank(masks).items():
-                layer.mask_in_use.copy_(mask)
-            self._zero()
+        if self.dynamics == "exact":
+            exact.put_masks(of_first_rank(masks), self._optimizer)
             return
         for layer, mask in of_first_rank(masks).items():
-            own, weight = layer.mask_in_use, layer.weight
-            fresh = layer.spread(~(own & mask))
-            own.copy_(mask)
-            weight.masked_fill_(fresh, 0)
-            for value in (self._optimizer.state.get(weight, {}) if self._optimizer else {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
-                    value.masked_fill_(fresh, 0)
-
-    @torch.no_grad()
-    def _zero(self) -> None:
-        """Zeros for what is out of use: weights, and SGD's momentum; moments of AdamW go on, as published."""
-        for layer in self._layers:
-            idle = layer.spread(~layer.mask_in_use)
-            layer.weight.masked_fill_(idle, 0)
-            momentum = self._optimizer.state.get(layer.weight, {}).get("momentum_buffer") if self._optimizer else None
-            if isinstance(momentum, Tensor):
-                momentum.masked_fill_(idle, 0)
+            layer.mask_in_use.copy_(mask)
+        published.zero_idle(self._layers, self._optimizer)
 
 
 def _inner(optimizer: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -121,3 +121,14 @@ def published_rate(first: float, step: int, total_steps: int | None) -> float:
         return first
     share = min(1.0, step / total_steps)
     return LAST_RATE + (first - LAST_RATE) * (1 + math.cos(math.pi * share)) / 2
+
+
+@torch.no_grad()
+def zero_idle(layers: Sequence[MaskedLayer], optimizer: Any) -> None:
+    """Zeros for what is out of use: weights, and SGD's momentum; moments of AdamW go on, as published."""
+    for layer in layers:
+        idle = layer.spread(~layer.mask_in_use)
+        layer.weight.masked_fill_(idle, 0)
+        momentum = optimizer.state.get(layer.weight, {}).get("momentum_buffer") if optimizer else None
+        if isinstance(momentum, Tensor):
+            momentum.masked_fill_(idle, 0)
