@@ -17,7 +17,10 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(("options", "runs"), sample([((), 13), (("--all",), 29)], [((), 13)]))
+FEW = ("smaller", "planes,", "7 x 7", "asymmetric", "beside", "last, tiles", "pixel")
+
+
+@pytest.mark.parametrize(("options", "runs"), sample([(FEW, 7), ((), 13), (("--all",), 29)], [(FEW, 7)]))
 def test_bodies_in_the_simulator(simulate, options, runs: int) -> None:
     output = simulate("simulate_toeplitz_gradient.py", *options)
     assert output.count("relative error") == runs

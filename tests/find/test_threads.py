@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from sw_transplant import SWConfig, convert
 from tests.small_models import Parallel, Residual, SelfPadding, conv, conv_bn
 
-CONVERSIONS, THREADS, INFERENCES = 6, 8, 100
+EXHAUSTIVE = os.environ.get("SW_EXHAUSTIVE") == "1"
+CONVERSIONS, THREADS, INFERENCES = 6 if EXHAUSTIVE else 2, 8, 100
 
 
 def model(seed: int) -> nn.Module:

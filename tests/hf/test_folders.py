@@ -217,6 +217,8 @@ def test_without_the_package_a_dense_folder_is_the_plain_model(readings: Reading
 def test_its_own_class_misses_nothing_and_leaves_nothing(readings: Readings, name: str) -> None:
     own = readers(name)[0]
     for kind in ("dense", "edges"):
+        if (name, kind) not in CASES:
+            continue
         got = readings.having[name, kind, own]
         assert (got["missing_keys"], got["unexpected_keys"]) == ([], [])
     got = readings.lacking[name, "dense", own]
