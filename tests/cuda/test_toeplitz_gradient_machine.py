@@ -63,7 +63,7 @@ def test_compiled_kernel(layer: Layer, batch: int, division, math: str, interpre
     ("layer", "channels", "math"),
     [
         (Layer((13, 11), strips(9, 3)), 6, "float16"),
-        (Layer((17, 18), ((7, 7),)), 3, "tf32"),
+        pytest.param(Layer((17, 18), ((7, 7),)), 3, "tf32", marks=pytest.mark.exhaustive),
         *(
             pytest.param(layer, channels, math, marks=pytest.mark.exhaustive)
             for layer in (Layer((13, 11), strips(9, 3)), Layer((30, 20), ((13, 13),)))
