@@ -13,7 +13,6 @@ from collections.abc import Hashable, Iterator
 import torch
 from torch import Tensor, nn
 
-from sw_transplant.find.code import functions_of
 from sw_transplant.find.reach import holdings, reach
 
 
@@ -67,7 +66,7 @@ def _held(model: nn.Module, known: set[nn.Module]) -> Iterator[tuple[nn.Module, 
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # whose code is none of Python's
             continue
-        for name, value in holdings(module, functions_of(module)):
+        for name, value in holdings(module):
             for held in reach(value, lambda each: isinstance(each, nn.Module) and each in known):
                 if isinstance(held, (nn.Module, Tensor)):
                     yield module, f"{path or 'model'}.{name}", held

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dis
 import functools
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
+
+from sw_transplant.find.code import functions_of
 
 _REGISTERED = frozenset({"_modules", "_parameters", "_buffers"})
 _PLAIN = (int, float, complex, str, bytes, bytearray, type(None), type, ModuleType, CodeType, torch.dtype, torch.device)
@@ -43,13 +45,12 @@ def reach(value: Any, ends: Callable[[Any], bool]) -> Iterator[Any]:
             waiting += _next(each)
 
 
-def holdings(module: nn.Module, functions: Iterable[FunctionType]) -> Iterator[tuple[str, Any]]:
+def holdings(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What a module holds beside its parameters, buffers and children, by names such as ``"held"``.
 
     Args:
         module: neither run nor changed. Attributes count, its hooks and those of its parameters among them, and
             attributes of its class.
-        functions: those that its forward may run.
     """
     for name, value in vars(module).items():
         if name not in _REGISTERED and not isinstance(value, _PLAIN):
@@ -62,7 +63,7 @@ def holdings(module: nn.Module, functions: Iterable[FunctionType]) -> Iterator[t
             for name, value in vars(kind).items():
                 if name[:2] != "__" and not isinstance(value, (FunctionType, property, classmethod, staticmethod)):
                     yield name, value
-    for function in functions:
+    for function in functions_of(module):
         yield function.__name__, list(_of_function(function))
 
 

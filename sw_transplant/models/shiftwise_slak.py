@@ -10,7 +10,7 @@ from sw_transplant.config import OrderRule
 from sw_transplant.layers.orders import ghost_channels
 from sw_transplant.models.registry import build, preprocessing
 from sw_transplant.models.shiftwise import PublishedSWConv2d
-from sw_transplant.models.slak import Block, patch_entrances
+from sw_transplant.models.slak import Block, geometry, patch_entrances
 from sw_transplant.models.staged import StagedNet, drop_path_rates, require_stages
 
 __all__ = ["ShiftWiseSLaK"]
@@ -106,24 +106,19 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _geometry(width: int, third: int) -> dict[str, Any]:
-    """SLaK's sizes: `width` of the first stage, doubled from stage to stage, and the third's depth."""
-    return {"depths": (3, 3, third, 3), "dims": tuple(width * 2**stage for stage in range(4)), "width_factor": 1.3}
-
-
 @register_model
 def sw_slak_tiny(pretrained: bool = False, **kwargs: Any) -> ShiftWiseSLaK:
     """SLaK-T's frame with the paper's module, four edges and two paths (#11 of the paper's ladder)."""
-    return build(ShiftWiseSLaK, "sw_slak_tiny", pretrained, _geometry(96, 9), **kwargs)
+    return build(ShiftWiseSLaK, "sw_slak_tiny", pretrained, geometry(96, 9), **kwargs)
 
 
 @register_model
 def sw_slak_small(pretrained: bool = False, **kwargs: Any) -> ShiftWiseSLaK:
     """SLaK-S's frame with the paper's module; the paper reports no training."""
-    return build(ShiftWiseSLaK, "sw_slak_small", pretrained, _geometry(96, 27), **kwargs)
+    return build(ShiftWiseSLaK, "sw_slak_small", pretrained, geometry(96, 27), **kwargs)
 
 
 @register_model
 def sw_slak_base(pretrained: bool = False, **kwargs: Any) -> ShiftWiseSLaK:
     """SLaK-B's frame with the paper's module; the paper reports no training."""
-    return build(ShiftWiseSLaK, "sw_slak_base", pretrained, _geometry(128, 27), **kwargs)
+    return build(ShiftWiseSLaK, "sw_slak_base", pretrained, geometry(128, 27), **kwargs)

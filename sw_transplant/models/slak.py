@@ -145,7 +145,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _geometry(width: int, third: int) -> dict[str, Any]:
+def geometry(width: int, third: int) -> dict[str, Any]:
     """A published size: ConvNeXt's `width` of the first stage, doubled from stage to stage, and the third's depth."""
     return {"depths": (3, 3, third, 3), "dims": tuple(width * 2**stage for stage in range(4)), "width_factor": 1.3}
 
@@ -153,22 +153,22 @@ def _geometry(width: int, third: int) -> dict[str, Any]:
 @register_model
 def slak_tiny(pretrained: bool = False, **kwargs: Any) -> SLaK:
     """SLaK-T, 50.7 M parameters."""
-    return build(SLaK, "slak_tiny", pretrained, _geometry(96, 9), **kwargs)
+    return build(SLaK, "slak_tiny", pretrained, geometry(96, 9), **kwargs)
 
 
 @register_model
 def slak_small(pretrained: bool = False, **kwargs: Any) -> SLaK:
     """SLaK-S, 91.1 M parameters."""
-    return build(SLaK, "slak_small", pretrained, _geometry(96, 27), **kwargs)
+    return build(SLaK, "slak_small", pretrained, geometry(96, 27), **kwargs)
 
 
 @register_model
 def slak_base(pretrained: bool = False, **kwargs: Any) -> SLaK:
     """SLaK-B, 158.0 M parameters."""
-    return build(SLaK, "slak_base", pretrained, _geometry(128, 27), **kwargs)
+    return build(SLaK, "slak_base", pretrained, geometry(128, 27), **kwargs)
 
 
 @register_model
 def slak_large(pretrained: bool = False, **kwargs: Any) -> SLaK:
     """SLaK-L, 346.6 M parameters."""
-    return build(SLaK, "slak_large", pretrained, _geometry(192, 27), **kwargs)
+    return build(SLaK, "slak_large", pretrained, geometry(192, 27), **kwargs)
