@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.sampling import EXHAUSTIVE
+
 # Threads that wait for each other shall sleep, not spin: on a busy machine spinning takes the others' time. To be set
 # before PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; those that they start inherit it
     os.environ["OMP_NUM_THREADS"] = "1"
-
-EXHAUSTIVE = os.environ.get("SW_EXHAUSTIVE") == "1"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

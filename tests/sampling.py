@@ -1,9 +1,13 @@
 """Which of many cases every run of the tests looks at; the others are for `make test-all`."""
 
+import os
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
+
+EXHAUSTIVE = os.environ.get("SW_EXHAUSTIVE") == "1"
+"""Whether the long tail runs as well: `make test-all`."""
 
 
 def sample(cases: Iterable[Any], quick: Collection[Any], *, unpack: bool = True) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sw_transplant import SWConfig, convert
+from tests.sampling import EXHAUSTIVE
 from tests.small_models import Parallel, Residual, SelfPadding, conv, conv_bn
 
-EXHAUSTIVE = os.environ.get("SW_EXHAUSTIVE") == "1"
 CONVERSIONS, THREADS, INFERENCES = 6 if EXHAUSTIVE else 2, 8, 100
 
 

@@ -24,6 +24,7 @@ from sw_transplant.check.verify import bound_for
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from tests.acceptance import largest_error, shiftwise_layers, tensors_of
 from tests.hf.models import MODELS, Model
+from tests.sampling import EXHAUSTIVE
 
 ROOT = Path(__file__).resolve().parents[2]
 READER = Path(__file__).with_name("read_folders.py")
@@ -90,7 +91,7 @@ KINDS = {
 IN_PARTS = ("part", "part, edges")
 FEW = ("ConvNext", "TimmWrapper")
 OF = {"dense": MODELS, "edges": MODELS, "part": PARTS, "part, edges": ["UperNet"]}
-if os.environ.get("SW_EXHAUSTIVE") != "1":  # what is written and read takes seconds for each
+if not EXHAUSTIVE:  # what is written and read takes seconds for each
     OF["edges"] = FEW
 CASES = [(name, kind) for name in MODELS for kind in KINDS if name in OF.get(kind, ["ConvNext"])]
 PIPELINES = [(name, "AutoModelForImageClassification") for name in ("ConvNext", "TimmWrapper")]
