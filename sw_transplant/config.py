@@ -108,7 +108,7 @@ class SWConfig:
         if self.orders not in get_args(OrderRule):
             raise ValueError(f"SWConfig.orders: got {self.orders!r}, expected one of {get_args(OrderRule)}")
         for name in ("min_kernel", "paths"):
-            if not _is_count(getattr(self, name)):
+            if not is_count(getattr(self, name)):
                 raise ValueError(f"SWConfig.{name}: got {getattr(self, name)!r}, expected an integer of at least 1")
         if not isinstance(self.merge_parallel, bool):
             raise ValueError(f"SWConfig.merge_parallel: got {self.merge_parallel!r}, expected True or False")
@@ -117,7 +117,7 @@ class SWConfig:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
             raise ValueError(f"SWConfig.seed: got {self.seed!r}, expected an integer from 0 to below 2**32")
         for name in ("tile", "edges"):
-            if getattr(self, name) is not None and not _is_count(getattr(self, name)):
+            if getattr(self, name) is not None and not is_count(getattr(self, name)):
                 raise ValueError(
                     f"SWConfig.{name}: got {getattr(self, name)!r}, expected None or an integer of at least 1"
                 )
@@ -243,5 +243,6 @@ def name_config(name: str, config: SWConfig) -> None:
         raise ValueError(f"name_config: {name!r} is taken by {_NAMED[name]}")
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether a value is an integer of at least 1, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

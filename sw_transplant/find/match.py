@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from sw_transplant.config import is_count
 from sw_transplant.geometry import BranchGeometry, Size
 from sw_transplant.tables import render_table
 
@@ -104,10 +105,6 @@ class Match:
                     raise ValueError(f"{where}: {field.name}: got {value!r}, expected {expected[0]}")
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def _is_name(value: object) -> bool:
     return value is None or isinstance(value, str)
 
@@ -119,9 +116,9 @@ def _is_text(value: object) -> bool:
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("path", "type_name"), ("a string", _is_text)),
     **dict.fromkeys(("weight", "bias", "bn"), ("the name of a part, or null", _is_name)),
-    **dict.fromkeys(("in_channels", "out_channels", "edges", "tile"), ("an integer of at least 1", _is_count)),
+    **dict.fromkeys(("in_channels", "out_channels", "edges", "tile"), ("an integer of at least 1", is_count)),
     "aliases": ("a list of strings", lambda value: all(map(_is_text, value))),
-    "stride": ("two integers of at least 1", lambda value: len(value) == 2 and all(map(_is_count, value))),
+    "stride": ("two integers of at least 1", lambda value: len(value) == 2 and all(map(is_count, value))),
 }
 """What the fields of a match and of its branches are, in words, and whether a value is."""
 
