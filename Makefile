@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # More options for pip, for instance another index that holds CPU-only wheels of PyTorch.
 PIP_FLAGS ?=
-# Processes that share the tests, each with one thread of PyTorch.
+# Processes that share the tests, each with one thread of PyTorch, and the checking of types.
 JOBS ?= 2
 # What `make gpu` does: all, or some of facts correct sanitize kernels throughput training profile.
 STAGES ?=
@@ -11,7 +11,8 @@ STAGES ?=
 PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+# Python compiles what it imports by itself; compiling all of PyTorch's files ahead takes a minute.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_FLAGS) -c constraints.txt
 # A file of tests stays in one process, which then makes what they share once.
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadscope --durations=10 $(PYTEST_FLAGS)
 SOURCES := sw_transplant tests examples benchmarks
@@ -34,7 +35,7 @@ test-all: lint ## The same with the tests that take long: hours
 lint: $(VENV)/.test ## Check style, formatting and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers=$(JOBS)
 
 pytest: $(VENV)/.test ## Test without lint and types
 	$(PYTEST)
