@@ -13,7 +13,11 @@ from tests.sampling import sample
 SHAPES = {"strips": ((2, 5, 56, 56), [(51, 5), (5, 51)]), **on_gpu.SHAPES}
 
 
-@pytest.mark.parametrize(("options", "runs"), sample([((), 17), (("--all",), 60)], [((), 17)]))
+# Words of the names of the cases.
+FEW = ("smaller", "three", "two blocks", "by rows", "7 x 7", "asymmetric", "outside", "beside", "last, a halo", "pixel")
+
+
+@pytest.mark.parametrize(("options", "runs"), sample([(FEW, 10), ((), 17), (("--all",), 60)], [(FEW, 10)]))
 def test_bodies_in_the_simulator(simulate, options, runs: int) -> None:
     output = simulate("simulate_toeplitz.py", *options)
     assert output.count("relative error") == runs
