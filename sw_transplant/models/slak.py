@@ -112,12 +112,7 @@ class SLaK(StagedNet):
         drop_rate: float = 0.0,
         stage_norms: bool = False,
     ) -> None:
-        require_stages("SLaK", depths=depths, dims=dims)
-        if len(kernel_size) != len(dims) + 1:
-            raise ValueError(
-                f"SLaK: kernel_size={kernel_size!r} has {len(kernel_size)} entries, "
-                f"expected {len(dims) + 1}, one per stage and the short side of the strips"
-            )
+        require_stages("SLaK", fifth="the short side of the strips", depths=depths, dims=dims, kernel_size=kernel_size)
         if arrangement not in (None, *get_args(Arrangement)):
             raise ValueError(f"SLaK: arrangement {arrangement!r}, expected None or one of {get_args(Arrangement)}")
         arrangement = arrangement or ("strips" if Decom else "square")
@@ -135,9 +130,7 @@ class SLaK(StagedNet):
                 blocks.append(Block(dim, large_kernel, rate, layer_scale_init_value))
             self.stages.append(nn.Sequential(*blocks))
 
-        self._finish(dims[-1], num_classes, global_pool, head_init_scale)
-        if stage_norms:
-            self.add_stage_norms(dims)
+        self._finish(dims, num_classes, global_pool, head_init_scale, stage_norms)
 
 
 default_cfgs = generate_default_cfgs(
