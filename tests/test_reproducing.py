@@ -1,16 +1,21 @@
 """The commands of docs/reproducing.md, each at toy size: drawn images, small networks, random weights."""
 
 import json
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from PIL import Image, ImageDraw
+from timm.scheduler import CosineLRScheduler
 
 import sw_transplant.models  # noqa: F401
 from sw_transplant.cli import main
@@ -103,16 +108,89 @@ def test_every_command_of_the_page_runs(
         assert (tmp_path / "run" / "checkpoint.pth").is_file()
 
 
-def test_a_checkpoint_of_the_script_goes_on(
-    imagenet: Path, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for more in ([], ["--resume", str(tmp_path / "run" / "checkpoint.pth"), "--epochs", "3"]):
-        arguments = ["slak_tiny_300", "--data", str(imagenet), *SHORT, *more]
+RUNS = {
+    "slak_tiny_300": [],  # averaged weights and their pass over the images; single weights out of use
+    "sw_tiny_300": ["--dynamics", "published"],  # filters, in parallel paths
+}
+
+
+def states_equal(one: Any, other: Any) -> bool:
+    """Bit for bit, tensors and numbers in dicts and lists."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(states_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(states_equal, one, other))
+    return bool(one == other)
+
+
+def assert_it_goes_on(run: Callable[..., None], folder: Path) -> None:
+    """Three epochs at once, and one and two: the same weights, averages, moments, masks and rates."""
+    run("--epochs", "3", "--output", str(folder / "whole"))
+    run("--epochs", "3", "--output", str(folder / "parts"), "--stop-epoch", "1")
+    half = torch.load(folder / "parts" / "checkpoint.pth", weights_only=True)
+    assert half["epoch"] == 0
+    run("--epochs", "3", "--output", str(folder / "parts"), "--resume", str(folder / "parts" / "checkpoint.pth"))
+    whole, parts = (torch.load(folder / name / "checkpoint.pth", weights_only=True) for name in ("whole", "parts"))
+    assert whole["epoch"] == 2
+    assert states_equal(whole, parts)
+    masks = [name for name in whole["model"] if name.endswith("mask")]
+    assert any(not torch.equal(half["model"][name], whole["model"][name]) for name in masks)
+    assert not states_equal(half["model"], whole["model"])
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_an_interrupted_run_goes_on_bit_by_bit(
+    recipe: str, imagenet: Path, small: None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def run(*more: str) -> None:
+        arguments = [recipe, "--data", str(imagenet), *SHORT, *RUNS[recipe], *more]
         monkeypatch.setattr(sys, "argv", ["train_imagenet.py", *arguments])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / "examples" / "train_imagenet.py"), run_name="__main__")
         assert not end.value.code
+
+    assert_it_goes_on(run, tmp_path)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
-    assert [line.split(":")[0] for line in lines] == ["epoch 0", "epoch 1", "epoch 2"]
-    assert all("60.0% in use" in line for line in lines)
+    assert [line.split(":")[0] for line in lines] == [f"epoch {number}" for number in (0, 1, 2, 0, 1, 2)]
+    assert lines[:3] == lines[3:]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("recipe", RUNS)
+def test_two_processes_train_and_go_on_bit_by_bit(recipe: str, imagenet: Path, tmp_path: Path) -> None:
+    """As the page says, through torchrun; gloo on the CPU. Masks, rates and averages agree in both."""
+    settings = json.dumps({**SETTINGS, "dims": (8, 8, 8, 8)})
+
+    def run(*more: str) -> None:
+        script = str(ROOT / "examples" / "train_imagenet.py")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+        command += [recipe, "--data", str(imagenet), *SHORT, "--model", settings, *RUNS[recipe], *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("top-1") <= 4  # one process speaks
+
+    assert_it_goes_on(run, tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["slak_tiny_300", "sw_tiny_120"])
+def test_the_schedule_warms_up_and_comes_to_the_smallest_rate(
+    recipe: str, imagenet: Path, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rates = []
+    step_update = CosineLRScheduler.step_update
+
+    def recorded(self: CosineLRScheduler, *arguments: Any) -> None:
+        step_update(self, *arguments)
+        rates.append(self.optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(CosineLRScheduler, "step_update", recorded)
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py", recipe, "--data", str(imagenet), *SHORT, "--epochs", "4"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "examples" / "train_imagenet.py"), run_name="__main__")
+    assert len(rates) == 4  # one step in each epoch
+    assert rates == pytest.approx([2e-3, 4e-3, (4e-3 + 1e-6) / 2, 1e-6])
