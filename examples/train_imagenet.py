@@ -113,6 +113,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--model", default="{}", help='arguments of the network as JSON, {"num_classes": 10}')
     parser.add_argument("--dynamics", choices=("exact", "published"), default="exact", help="of pruning and growing")
+    parser.add_argument("--sparsity", type=float, help="share out of use; 0 trains a dense network")
+    parser.add_argument("--prune-rate", type=float, help="share of what is used that an update exchanges")
     parser.add_argument("--update-frequency", type=int, help="steps from one update of the masks to the next")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -138,9 +140,19 @@ def build(arguments: argparse.Namespace) -> tuple[Recipe, nn.Module]:
         recipe = RECIPES[arguments.recipe]
         settings = {"drop_path_rate": recipe.drop_path or 0.0, "layer_scale_init_value": recipe.layer_scale, **settings}
         model = timm.create_model(recipe.model, **settings)
-    changes = {"epochs": arguments.epochs, "batch_size": arguments.total_batch}
-    recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+    recipe = changed(recipe, epochs=arguments.epochs, batch_size=arguments.total_batch)
+    if recipe.pruning is not None:
+        pruning = changed(
+            recipe.pruning, sparsity=arguments.sparsity, prune_rate=arguments.prune_rate,
+            update_frequency=arguments.update_frequency,
+        )  # fmt: skip
+        recipe = replace(recipe, pruning=pruning if pruning.sparsity else None)
     return replace(recipe, warmup_epochs=min(recipe.warmup_epochs, recipe.epochs // 2)), model
+
+
+def changed(settings: Any, **values: Any) -> Any:
+    """A copy with those values that are given."""
+    return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
 def load(recipe: Recipe, arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Mixup]:
@@ -175,7 +187,7 @@ def prune(model: nn.Module, recipe: Recipe, arguments: argparse.Namespace, steps
         return None
     return FilterSparsity(
         model, pruning.sparsity, only_L=pruning.only_L, adaptation_rate=pruning.prune_rate,
-        update_frequency=arguments.update_frequency or pruning.update_frequency, sparse_gap=pruning.sparse_gap or 1,
+        update_frequency=pruning.update_frequency, sparse_gap=pruning.sparse_gap or 1,
         total_steps=recipe.epochs * steps, seed=arguments.seed, dynamics=arguments.dynamics,
     )  # fmt: skip
 
