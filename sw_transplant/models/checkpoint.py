@@ -10,7 +10,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from sw_transplant.layers.zeros import mask_zeros
+from sw_transplant.layers.zeros import mask_zeros, masks_for, put_masks
 from sw_transplant.models.unpickling import read_weights
 
 __all__ = ["load_checkpoint"]
@@ -41,6 +41,8 @@ def load_checkpoint(
     'module' or 'model_ema', the first of these that holds tensors, or at the top. Prefixes 'module.' and '_orig_mod.'
     are ignored, in the file and in the model. Values are cast to the model's dtype and device.
 
+    Masks of :class:`sw_transplant.sparsity.FilterSparsity` may be in the file: the model's layers then have them.
+
     Of the file of a whole detector or segmenter, what lies under 'backbone.' is read, and nothing else. Build that
     backbone with ``features_only=True, stage_norms=True``.
 
@@ -68,8 +70,12 @@ def load_checkpoint(
         model = model.model
     own = {PREFIXES.sub("", name): name for name in model.state_dict()}
     weights = _of_backbone(weights, own)
+    layers = {PREFIXES.sub("", name): module for name, module in model.named_modules(remove_duplicate=False)}
+    known = masks_for(layers, weights)
+    given, weights = weights, {name: tensor for name, tensor in weights.items() if name not in known}
     _check(model, own, weights, path)
     model.load_state_dict({own[name]: tensor for name, tensor in weights.items()})
+    put_masks(known, given)
     if masks is not None and not mask_zeros(model, only_L=only_L)[0]:
         raise ValueError(
             f"{path}: no {'filter of a large kernel' if only_L else 'weight'} is zero, expected sparse weights; leave "
