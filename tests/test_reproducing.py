@@ -19,6 +19,7 @@ from timm.scheduler import CosineLRScheduler
 
 import sw_transplant.models  # noqa: F401
 from sw_transplant.cli import main
+from tests.sampling import sample
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
@@ -26,9 +27,15 @@ CODE = re.findall(r"`([^`\n]+)`", PAGE)
 COMMANDS = sorted({code for code in CODE if code.startswith(("sw-transplant ", "python ", "torchrun "))})
 # What takes a GPU and minutes is run by the tests of the benchmarks.
 BENCHMARKS = [command for command in COMMANDS if "benchmarks/" in command]
-SMALL = '{"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8], "kernel_size": [13, 11, 9, 7, 3]}'
+RUN = [command for command in COMMANDS if command not in BENCHMARKS]
+TRAINS = [command for command in RUN if "train_imagenet" in command]
+# Of trainings, a recipe with averages, one of filters, a step of the ladder, and one of each option.
+QUICK = [
+    command for command in TRAINS if any(word in command for word in ("sw_tiny", "sw#", "--prune-rate", "dilated"))
+]
+ROWS = [[cell.strip() for cell in line.split(" |")] for line in PAGE.splitlines() if line.startswith("| ")]
 SHORT = ["--epochs", "2", "--size", "64", "--batch-size", "4", "--total-batch", "8", "--workers", "0"]
-SHORT += ["--update-frequency", "1", "--model", SMALL, "--device", "cpu"]
+SHORT += ["--update-frequency", "1", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -54,38 +61,67 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("slak_tiny", "sw_tiny"):
         torch.manual_seed(0)
         found[name] = folder / f"{name}.pth"
-        torch.save({"model": timm.create_model(name, **SETTINGS).state_dict()}, found[name])
+        model = timm.create_model(name, **SETTINGS)
+        if name == "sw_tiny":
+            model.stages[0][0].large_kernel.paths[0].weight.data[:4] = 0  # published weights are sparse
+        torch.save({"model": model.state_dict()}, found[name])
     return found
 
 
 SETTINGS = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "kernel_size": (13, 11, 9, 7, 3), "num_classes": 2}
 SETTINGS |= {"width_factor": 1.0, "layer_scale_init_value": 1.0}
+OTHERS: dict[str, dict[str, Any]] = {
+    "replknet": {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8), "large_kernel_sizes": (9, 9, 9, 9)},
+    "convnext": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)},
+    "unireplknet": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "kernel_sizes": ((3,), (13,), (13,), (13,))},
+}
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm builds small networks of the same names."""
+    """timm builds small networks of the same names; other settings are those of the page."""
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, *a, **k: create(name, *a, **{**k, **SETTINGS}))
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda name, *a, **k: create(name, *a, **{**k, **OTHERS.get(name.split("_")[0], SETTINGS)}),
+    )
 
 
 def test_the_page_has_commands() -> None:
-    assert len(COMMANDS) > 12
+    assert len(COMMANDS) > 30
     assert len(BENCHMARKS) == 3
+    assert len(QUICK) > 3
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in BENCHMARKS])
+def test_every_row_has_a_command_or_says_why_not() -> None:
+    tables = [row for row in ROWS if len(row) == 5 and row[0] not in ("| what", "|---")]
+    assert len(tables) > 40
+    for what, _, command, here, _ in tables:
+        codes = re.findall(r"`([^`]+)`", command)
+        assert all(code in COMMANDS for code in codes), what
+        assert here, what
+        if not codes:
+            assert re.search("other people's|drawings|as printed", here), what
+
+
+@pytest.mark.parametrize("command", sample(RUN, [command for command in RUN if command not in TRAINS] + QUICK))
 def test_every_command_of_the_page_runs(
     command: str, imagenet: Path, weights: dict[str, Path], small: None, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     network = "sw_tiny" if "sw_tiny" in command else "slak_tiny"
+    places = {"FILE": str(weights[network]), "IMAGENET": str(imagenet)}
     words = shlex.split(command.replace("sw#", "sw\\#"))
-    words = [str(weights[network]) if word == "FILE" else word.replace("IMAGENET", str(imagenet)) for word in words]
+    words = [re.sub("FILE|IMAGENET", lambda found: places[found[0]], word) for word in words]
     if words[0] == "sw-transplant":
         extra = {"erf": ["--size", "64", "--num-classes", "2"], "cost": ["--size", "64"], "ladder": ["--no-cost"]}
         assert main([*words[1:], *extra.get(words[1], [])]) == 0
+        assert capsys.readouterr().out.strip()
+        return
+    if words[:2] == ["python", "-c"]:
+        exec(words[2], {})
         assert capsys.readouterr().out.strip()
         return
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
