@@ -148,13 +148,14 @@ def _shiftwise(tile: int, edges: int, paths: int, ghost: float) -> SWConfig:
 
 def _in_slak(name: str, what: str, config: SWConfig, **more: Any) -> Step:
     """A step in SLaK's frame."""
-    settings = {
+    settings: dict[str, Any] = {
         "kernel_size": (51, 49, 47, 13, config.tile),
         "N_rep": config.edge_count,
         "N_path": config.paths,
         "ghost_ratio": config.ghost,
         "orders": config.orders,
     }
+    settings |= {key: more.pop(key) for key in ("cut_borders",) if key in more}
     return Step(name, what, "sw_slak_tiny", MappingProxyType(settings), config, **{"sparsity": 0.4, **more})
 
 
@@ -169,8 +170,8 @@ _PAPER = _shiftwise(3, 4, 2, 0.23)
 _SLAK_T = SWConfig(tile=5, form="assembled")
 _LAID_OUT = SWConfig(tile=5, form="shift")
 _NO_CONVOLUTION = (
-    "Its filters are padded by N // 2, which cuts responses off at the borders: that is no convolution with any large "
-    "kernel, so none of the forms but 'shift' could compute it, and neither convert nor merge."
+    "The texts have no such row, only that #3 unifies the padding. Padded by N // 2, responses are cut off at the "
+    "borders: that is no convolution with any large kernel, and convert, which keeps functions, does not make it."
 )
 _UNSAID = "Neither text nor supplement says what it is."
 
@@ -180,8 +181,8 @@ _STEPS = (
     Step("sw#1", "laid out, trained", "slak_tiny", config=_LAID_OUT, converts=True, sparsity=0.4, only_L=False,
          accuracy_120=82.27),
     Step("sw#2", "laid out, padding N // 2", note=_NO_CONVOLUTION),
-    _in_slak("sw#3", "one bank for both strips", _shiftwise(5, 1, 1, 0.0), accuracy_120=81.26,
-             note="The paper's has padding N // 2; ours N - 1, as from #4 on."),
+    _in_slak("sw#3", "one bank for both strips, padding N // 2", _shiftwise(5, 1, 1, 0.0), accuracy_120=81.26,
+             cut_borders=True, note="Its conversion from a SLaK has padding N - 1, as all steps from #4 on."),
     _in_slak("sw#4", "two paths (Rep x2)", _shiftwise(5, 1, 2, 0.0), accuracy_120=81.52),
     _in_slak("sw#6", "ghosts", _shiftwise(5, 1, 2, 0.23), accuracy_120=81.34,
              note="The texts only say that #7 differs from it by the size of the tiles."),
