@@ -188,6 +188,8 @@ def test_recipes_follow_the_steps() -> None:
     assert LADDER["sw#24"].recipe(300).warmup_epochs == 5
     assert LADDER["sw#27"].recipe(300).pruning.sparsity == 0.2
     assert LADDER["sw#15"].recipe().pruning is None
+    shares = {name: LADDER[name].recipe().pruning.sparsity for name in ("sw#11", "sw#20", "sw#23", "sw#24", "sw#25")}
+    assert list(shares.values()) == [0.4, 0.4, 0.4, 0.3, 0.3]  # SLaK's up to #23 (C.1), then what Table 9 starts from
 
 
 @pytest.mark.exhaustive
