@@ -105,7 +105,8 @@ def test_tables_2_and_8_as_snip_shares_it_out(
     assert main(["cost", "slak_tiny", "--sparse", str(sparsity), "--settings", settings, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["slak_tiny"]
     assert found["parameters_in_use"] / 1e6 == pytest.approx(parameters, abs=0.65)
-    assert found["multiplications_in_use"] / 1e9 == pytest.approx(multiplications, abs=0.2)
+    slack = 0.15 if sparsity < 0.6 else 0.35  # the more is out of use, the more it matters which layers lose it
+    assert found["multiplications_in_use"] / 1e9 == pytest.approx(multiplications, abs=slack)
 
 
 IN_USE = [
