@@ -4,7 +4,8 @@
     python examples/train_imagenet.py "sw#11" --data imagenet --epochs 120       # a step of the ladder
 
 --data has the folders train and val, each with a folder per class. Nothing is downloaded. One process runs on the GPU
-or the CPU; torchrun gives as many as it is told to. An interrupted run goes on with --resume.
+or the CPU; torchrun gives as many as it is told to. An interrupted run goes on with --resume as if nothing had
+happened: what is drawn in an epoch follows from the seed and its number. On a CPU the weights are the same, bit by bit.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from sw_transplant.sparsity import FilterSparsity, follow_masks, sparsity_report
 def main() -> int:
     arguments = parse()
     device = init_distributed_device(arguments)
-    random_seed(arguments.seed, arguments.rank)
+    random_seed(arguments.seed)  # first weights: the same in all processes
     recipe, model = build(arguments)
     train_loader, val_loader, mixup = load(recipe, arguments, device)
     accumulated = max(1, recipe.batch_size // (arguments.batch_size * arguments.world_size))
@@ -62,12 +63,10 @@ def main() -> int:
     if sparsity is not None:
         sparsity.attach(optimizer)
     scheduler = CosineLRScheduler(
-        optimizer, t_initial=recipe.epochs * steps, lr_min=recipe.min_lr, t_in_epochs=False,
+        optimizer, t_initial=(recipe.epochs - recipe.warmup_epochs) * steps, lr_min=recipe.min_lr, t_in_epochs=False,
         warmup_t=recipe.warmup_epochs * steps, warmup_prefix=True,
     )  # fmt: skip
-    ema = None
-    if recipe.ema_decay is not None and arguments.rank == 0:
-        ema = follow_masks(ModelEmaV3(model, decay=recipe.ema_decay))
+    ema = None if recipe.ema_decay is None else follow_masks(ModelEmaV3(model, decay=recipe.ema_decay))
     start = 0
     if arguments.resume is not None:
         start = resume(arguments.resume, model, ema, optimizer)
@@ -75,9 +74,8 @@ def main() -> int:
     if arguments.distributed:
         network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
-    for epoch in range(start, recipe.epochs):
-        if arguments.distributed:
-            train_loader.sampler.set_epoch(epoch)
+    for epoch in range(start, min(recipe.epochs, arguments.stop_epoch or recipe.epochs)):
+        begin(epoch, train_loader, arguments)
         loss = train(network, train_loader, mixup, optimizer, scheduler, ema, accumulated, epoch * steps, device)
         if arguments.distributed:
             distribute_bn(model, arguments.world_size, reduce=True)
@@ -86,11 +84,18 @@ def main() -> int:
             use = "" if sparsity is None else f", {sparsity_report(model).totals[0].density:.1%} in use"
             print(f"epoch {epoch}: loss {loss:.4f}, top-1 {top1:.2f}%{use}", flush=True)
             save(arguments.output, model, ema, optimizer, epoch)
-    if ema is not None:
+    if ema is not None and (arguments.stop_epoch or recipe.epochs) >= recipe.epochs:
         if recipe.bn_pass:
+            begin(recipe.epochs, train_loader, arguments)
             torch.optim.swa_utils.update_bn((images.to(device) for images, _ in train_loader), ema.module)
-        print(f"averaged weights: top-1 {evaluate(ema.module, val_loader, None, device):.2f}%")
-        save(arguments.output, model, ema, optimizer, recipe.epochs - 1)
+        if arguments.distributed:
+            distribute_bn(ema.module, arguments.world_size, reduce=recipe.bn_pass)
+        top1 = evaluate(ema.module, val_loader, arguments, device)
+        if arguments.rank == 0:
+            print(f"averaged weights: top-1 {top1:.2f}%")
+            save(arguments.output, model, ema, optimizer, recipe.epochs - 1)
+    if arguments.distributed:
+        torch.distributed.destroy_process_group()
     return 0
 
 
@@ -101,12 +106,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("run"), help="folder of the checkpoint (%(default)s)")
     parser.add_argument("--resume", type=Path, help="a checkpoint of this script")
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
+    parser.add_argument("--stop-epoch", type=int, help="end before this one, on the same schedule; go on with --resume")
     parser.add_argument("--batch-size", type=int, default=64, help="images of a process at once (%(default)s)")
     parser.add_argument("--total-batch", type=int, help="of all processes and accumulated steps; default: the recipe's")
     parser.add_argument("--size", type=int, default=224, help="of the images (%(default)s)")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--model", default="{}", help='arguments of the network as JSON, {"num_classes": 10}')
     parser.add_argument("--dynamics", choices=("exact", "published"), default="exact", help="of pruning and growing")
+    parser.add_argument("--sparsity", type=float, help="share out of use; 0 trains a dense network")
+    parser.add_argument("--prune-rate", type=float, help="share of what is used that an update exchanges")
     parser.add_argument("--update-frequency", type=int, help="steps from one update of the masks to the next")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -132,9 +140,19 @@ def build(arguments: argparse.Namespace) -> tuple[Recipe, nn.Module]:
         recipe = RECIPES[arguments.recipe]
         settings = {"drop_path_rate": recipe.drop_path or 0.0, "layer_scale_init_value": recipe.layer_scale, **settings}
         model = timm.create_model(recipe.model, **settings)
-    changes = {"epochs": arguments.epochs, "batch_size": arguments.total_batch}
-    recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+    recipe = changed(recipe, epochs=arguments.epochs, batch_size=arguments.total_batch)
+    if recipe.pruning is not None:
+        pruning = changed(
+            recipe.pruning, sparsity=arguments.sparsity, prune_rate=arguments.prune_rate,
+            update_frequency=arguments.update_frequency,
+        )  # fmt: skip
+        recipe = replace(recipe, pruning=pruning if pruning.sparsity else None)
     return replace(recipe, warmup_epochs=min(recipe.warmup_epochs, recipe.epochs // 2)), model
+
+
+def changed(settings: Any, **values: Any) -> Any:
+    """A copy with those values that are given."""
+    return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
 def load(recipe: Recipe, arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Mixup]:
@@ -143,7 +161,7 @@ def load(recipe: Recipe, arguments: argparse.Namespace, device: torch.device) ->
     shape = (3, arguments.size, arguments.size)
     common = {
         "input_size": shape, "batch_size": arguments.batch_size, "num_workers": arguments.workers, "device": device,
-        "use_prefetcher": False, "distributed": arguments.distributed,
+        "use_prefetcher": False, "distributed": arguments.distributed, "persistent_workers": False,
     }  # fmt: skip
     train_set = create_dataset("", root=str(arguments.data / "train"))
     val_set = create_dataset("", root=str(arguments.data / "val"))
@@ -169,9 +187,16 @@ def prune(model: nn.Module, recipe: Recipe, arguments: argparse.Namespace, steps
         return None
     return FilterSparsity(
         model, pruning.sparsity, only_L=pruning.only_L, adaptation_rate=pruning.prune_rate,
-        update_frequency=arguments.update_frequency or pruning.update_frequency, sparse_gap=pruning.sparse_gap or 1,
+        update_frequency=pruning.update_frequency, sparse_gap=pruning.sparse_gap or 1,
         total_steps=recipe.epochs * steps, seed=arguments.seed, dynamics=arguments.dynamics,
     )  # fmt: skip
+
+
+def begin(epoch: int, loader: Any, arguments: argparse.Namespace) -> None:
+    """What is drawn from here on follows from the seed, the epoch and the process."""
+    random_seed(arguments.seed + (epoch + 1) * arguments.world_size, arguments.rank)
+    if arguments.distributed:
+        loader.sampler.set_epoch(epoch)
 
 
 def train(
@@ -200,14 +225,14 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Any, distributed: argparse.Namespace | None, device: torch.device) -> float:
-    """Top-1 in percent."""
+def evaluate(model: nn.Module, loader: Any, arguments: argparse.Namespace, device: torch.device) -> float:
+    """Top-1 in percent, of the images of all processes."""
     model.eval()
     right = AverageMeter()
     for images, labels in loader:
         (top1,) = accuracy(model(images.to(device)), labels.to(device))
-        if distributed is not None and distributed.distributed:
-            top1 = reduce_tensor(top1, distributed.world_size)
+        if arguments.distributed:
+            top1 = reduce_tensor(top1, arguments.world_size)
         right.update(float(top1), len(images))
     return right.avg
 
@@ -218,7 +243,8 @@ def save(folder: Path, model: nn.Module, ema: Any, optimizer: Any, epoch: int) -
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}
     if ema is not None:
         content["model_ema"] = ema.module.state_dict()
-    torch.save(content, folder / "checkpoint.pth")
+    torch.save(content, folder / "writing.pth")
+    (folder / "writing.pth").replace(folder / "checkpoint.pth")  # who is interrupted here keeps the last one
 
 
 def resume(path: Path, model: nn.Module, ema: Any, optimizer: Any) -> int:

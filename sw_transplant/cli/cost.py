@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from typing import Any
 
@@ -27,6 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="PATH", help="weights of a single MODEL; what is zero in them is out of use"
     )
     parser.add_argument("--num-classes", type=int, metavar="N", help="outputs of the classifier; for a timm name")
+    parser.add_argument(
+        "--settings", metavar="JSON", help='arguments of the networks, {"width_factor": 1.5}; timm names'
+    )
     parser.add_argument("--size", type=int, metavar="N", help="height and width; default: the model's")
     parser.add_argument(
         "--sparse", type=float, metavar="S", help="take the share S out of use, by SNIP on a batch of noise"
@@ -41,9 +45,14 @@ def run_cost(arguments: argparse.Namespace) -> Result:
     if arguments.sparse is not None and not 0 < arguments.sparse < 1:
         raise InputError(f"--sparse {arguments.sparse}: expected a share above 0 and below 1")
     rows, values = [], {}
+    settings = None if arguments.settings is None else _settings(arguments.settings)
     for name in arguments.models:
         loaded = load_model(
-            name, checkpoint=arguments.checkpoint, num_classes=arguments.num_classes, seed=arguments.seed
+            name,
+            checkpoint=arguments.checkpoint,
+            num_classes=arguments.num_classes,
+            seed=arguments.seed,
+            settings=settings,
         )
         model, channels = loaded.model, ModelInput.of(loaded.model).shape[0]
         size = arguments.size or ModelInput.of(model).shape[1]
@@ -63,6 +72,16 @@ def run_cost(arguments: argparse.Namespace) -> Result:
     return Result(
         render_table("Parameters, multiplications of one image, and what training keeps", headers, rows), values
     )
+
+
+def _settings(text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"--settings {text!r}: {error}; expected a JSON object") from error
+    if not isinstance(settings, dict) or "num_classes" in settings:
+        raise InputError(f"--settings {text!r}: expected a JSON object, without num_classes, which is --num-classes")
+    return settings
 
 
 def _short(parameters: int, in_use: int, multiplications: int, done: int) -> list[str]:

@@ -8,7 +8,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,12 @@ class LoadedModel:
 
 
 def load_model(
-    source: str, *, checkpoint: str | Path | None = None, num_classes: int | None = None, seed: int = 0
+    source: str,
+    *,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Builds a model by name. Nothing is downloaded, and no code that is stored beside weights is run.
 
@@ -67,6 +72,7 @@ def load_model(
             :func:`sw_transplant.models.load_checkpoint`.
         num_classes: outputs of the classifier, for a timm name.
         seed: of the weights that are not loaded.
+        settings: further arguments of the network, for a timm name.
 
     Raises:
         InputError: there is no such model, it is a file, it cannot be built so, its weights cannot be read, or an
@@ -76,15 +82,17 @@ def load_model(
     torch.manual_seed(seed)
     if ":" in source and not Path(source).is_dir():
         _refuse(num_classes, "--num-classes", source, "is called without arguments")
+        _refuse(settings, "--settings", source, "is called without arguments")
         loaded = LoadedModel(_from_callable(source, seed))
     elif _is_path(source) or not _is_timm_name(source):
         _refuse(num_classes, "--num-classes", source, f"has its classes in {HF_CONFIG}")
+        _refuse(settings, "--settings", source, f"has its settings in {HF_CONFIG}")
         _refuse(checkpoint, "--checkpoint", source, "is a folder that holds its own weights")
         loaded = _from_folder(Path(source).expanduser(), seed)
     else:
         folder = f" (the folder is ./{source})" if Path(source).is_dir() else ""
         random = f"{source} of timm{folder} without --checkpoint: random weights, seed {seed}"
-        loaded = LoadedModel(_from_timm(source, num_classes), random=random)
+        loaded = LoadedModel(_from_timm(source, num_classes, settings or {}), random=random)
     if checkpoint is None:
         return loaded
     try:
@@ -208,13 +216,17 @@ def _is_timm_name(source: str) -> bool:
     )
 
 
-def _from_timm(name: str, num_classes: int | None) -> nn.Module:
+def _from_timm(name: str, num_classes: int | None, settings: Mapping[str, Any]) -> nn.Module:
     import timm
 
     try:
-        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **settings)
     except RuntimeError as error:  # an unknown tag after the dot
         raise InputError(f"{name}: {one_line(error)}") from error
+    except (TypeError, ValueError) as error:
+        if not settings:
+            raise
+        raise InputError(f"{name} with --settings {dict(settings)}: {one_line(error)}") from error
     return model
 
 

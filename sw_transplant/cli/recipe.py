@@ -34,15 +34,22 @@ def run_recipe(arguments: argparse.Namespace) -> Result:
             f"recipe's batch of {recipe.batch_size}"
         )
     settings = timm_settings(recipe, processes=arguments.gpus, batch_size=arguments.batch_size)
-    yaml = "\n".join(f"{key}: {value}" for key, value in settings.items())
+    yaml = "\n".join(f"{key}: {_in_yaml(value)}" for key, value in settings.items())
     run = f"torchrun --nproc-per-node={arguments.gpus}"
     lines = [
         "# With pruning, EMA of masked weights and all else of the recipe:",
         f"#   {run} examples/train_imagenet.py {arguments.name} --data IMAGENET --batch-size {arguments.batch_size}",
         "# Dense, by timm's own script (import sw_transplant.models in it, which registers the network):",
         f"#   {run} train.py IMAGENET --config {arguments.name}.yaml",
+        f"# {recipe.epochs} epochs: timm adds warmup_epochs to epochs where warmup_prefix is set.",
         yaml,
     ]
     if recipe.pruning is not None:
         lines.insert(0, f"# pruning: {recipe.pruning}")
     return Result("\n".join(lines), {"recipe": asdict(recipe), "timm": settings})
+
+
+def _in_yaml(value: object) -> str:
+    """As YAML 1.1 reads it: there a number with an exponent has a point."""
+    text = str(value)
+    return text.replace("e-", ".0e-") if isinstance(value, float) and "." not in text else text

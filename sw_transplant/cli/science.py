@@ -64,7 +64,8 @@ def run_ladder(arguments: argparse.Namespace) -> Result:
     for step in LADDER.values():
         counts = None if arguments.no_cost or not step.model else _counts(step)
         numbers = ("", "") if counts is None else (f"{counts[0] / 1e6:.1f} M", f"{counts[1] / 1e9:.2f} G")
-        published = "" if step.published is None else f"{step.published[0]:g} M, {step.published[1]:g} G in use"
+        published = "" if step.published is None else f"{step.published[0]:g} M, {step.published[1]:g} G"
+        published += " in use" if step.published_in_use else ""
         rows.append(
             [
                 step.name,

@@ -1,11 +1,11 @@
-"""Masks from zeros: what weights that were trained sparse say about which filters are in use.
+"""Masks that come with weights: from zeros, or from a file that has them.
 
-Published sparse networks hold zeros, and no masks.
+Published sparse networks hold zeros, and no masks. What was trained here holds both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,39 @@ def mask_zeros(model: nn.Module, *, only_L: bool = True) -> tuple[int, int]:
             elif not bool(used.all()):
                 module.register_buffer(ELEMENT_MASK, used)
     return idle, total
+
+
+def masks_for(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Which weights of a file are masks that a layer could have, and has not; with these layers.
+
+    Args:
+        modules: layers by their paths.
+        weights: of the file.
+    """
+    found = {}
+    for name, tensor in weights.items():
+        path, _, last = name.rpartition(".")
+        module = modules.get(path)
+        if last == "mask" and isinstance(module, MaskedTiles):
+            absent, shape = module.mask is None, module.tile_count
+        elif last == ELEMENT_MASK and isinstance(module, (*ORDINARY, Branch)):
+            weight = module.bank if isinstance(module, Branch) else module.weight
+            absent, shape = not hasattr(module, ELEMENT_MASK), weight.shape
+        else:
+            continue
+        if absent and tensor.dtype is torch.bool and tensor.shape == shape:
+            found[name] = module
+    return found
+
+
+def put_masks(owners: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
+    """Gives layers the masks that :func:`masks_for` found."""
+    for name, module in owners.items():
+        mask = weights[name].to(next(module.parameters()).device)
+        if isinstance(module, MaskedTiles) and not name.endswith(ELEMENT_MASK):
+            module.set_mask(mask)
+        else:
+            module.register_buffer(ELEMENT_MASK, mask)
 
 
 def _in_use(module: nn.Module, only_L: bool) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ Read in this order:
     replknet        RepLKNet
     unireplknet     UniRepLKNet
     shiftwise       SW, the network of the ShiftwiseConv paper
+    cut_borders     its module with filters padded by N // 2, as one of its first steps has it
     shiftwise_slak  SW in SLaK's frame, the networks of its first steps
     registry        how they enter timm: preprocessing, and the builder of every size
     unpickling      what may be in a file of weights, and no more

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from sw_transplant.layers.zeros import mask_zeros
+from sw_transplant.layers.zeros import mask_zeros, masks_for, put_masks
 from sw_transplant.models.unpickling import read_weights
 
 __all__ = ["load_checkpoint"]
@@ -20,6 +21,7 @@ WRAPPINGS = ("model", "state_dict", "module", "model_ema")
 AVERAGES = ("model_ema", "state_dict_ema")
 # What DistributedDataParallel and torch.compile put in front of names, in any order and number.
 PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
+BACKBONE = "backbone."
 SHOWN = 3
 
 
@@ -39,8 +41,13 @@ def load_checkpoint(
     'module' or 'model_ema', the first of these that holds tensors, or at the top. Prefixes 'module.' and '_orig_mod.'
     are ignored, in the file and in the model. Values are cast to the model's dtype and device.
 
+    Masks of :class:`sw_transplant.sparsity.FilterSparsity` may be in the file: the model's layers then have them.
+
+    Of the file of a whole detector or segmenter, what lies under 'backbone.' is read, and nothing else. Build that
+    backbone with ``features_only=True, stage_norms=True``.
+
     Args:
-        model: the network, for instance ``timm.create_model('slak_tiny')``.
+        model: the network, for instance ``timm.create_model('slak_tiny')``, or timm's feature wrapper around it.
         path: the file.
         prefer: ``"model"``, or ``"ema"`` for the averaged weights under 'model_ema', which have to be there.
         masks: ``"from_weights"``: what is zero in the file is out of use in the model; official sparse weights hold
@@ -59,9 +66,16 @@ def load_checkpoint(
     if masks not in (None, "from_weights"):
         raise ValueError(f"load_checkpoint: masks {masks!r}, expected None or 'from_weights'")
     weights = _without_prefixes(_unwrap(read_weights(path), path, prefer), path)
+    if isinstance(model, FeatureGetterNet):
+        model = model.model
     own = {PREFIXES.sub("", name): name for name in model.state_dict()}
+    weights = _of_backbone(weights, own)
+    layers = {PREFIXES.sub("", name): module for name, module in model.named_modules(remove_duplicate=False)}
+    known = masks_for(layers, weights)
+    given, weights = weights, {name: tensor for name, tensor in weights.items() if name not in known}
     _check(model, own, weights, path)
     model.load_state_dict({own[name]: tensor for name, tensor in weights.items()})
+    put_masks(known, given)
     if masks is not None and not mask_zeros(model, only_L=only_L)[0]:
         raise ValueError(
             f"{path}: no {'filter of a large kernel' if only_L else 'weight'} is zero, expected sparse weights; leave "
@@ -95,6 +109,12 @@ def _without_prefixes(weights: Mapping[str, Any], path: Path) -> dict[str, torch
             raise ValueError(f"{path}: {short!r} comes twice, with and without the prefix of a wrapper")
         bare[short] = tensor
     return bare
+
+
+def _of_backbone(weights: dict[str, torch.Tensor], own: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The part of a detector that the model can be, where the whole is none."""
+    part = {name.removeprefix(BACKBONE): tensor for name, tensor in weights.items() if name.startswith(BACKBONE)}
+    return part if part and not any(name in own for name in weights) else weights
 
 
 def _check(model: nn.Module, own: Mapping[str, str], weights: Mapping[str, torch.Tensor], path: Path) -> None:

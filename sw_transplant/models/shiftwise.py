@@ -101,12 +101,7 @@ class ShiftWise(StagedNet):
         drop_rate: float = 0.0,
         stage_norms: bool = False,
     ) -> None:
-        require_stages("ShiftWise", depths=depths, dims=dims)
-        if len(kernel_size) != len(dims) + 1:
-            raise ValueError(
-                f"ShiftWise: kernel_size={kernel_size!r} has {len(kernel_size)} entries, "
-                f"expected {len(dims) + 1}, one per stage and the side of the filters"
-            )
+        require_stages("ShiftWise", fifth="the side of the filters", depths=depths, dims=dims, kernel_size=kernel_size)
         dims = [int(dim * width_factor) for dim in dims]
         super().__init__(dims, in_chans, drop_rate)
 
@@ -128,9 +123,7 @@ class ShiftWise(StagedNet):
                 blocks.append(ShiftWiseBlock(dim, spatial, rate, layer_scale_init_value, se))
             self.stages.append(nn.Sequential(*blocks))
 
-        self._finish(dims[-1], num_classes, global_pool, head_init_scale)
-        if stage_norms:
-            self.add_stage_norms(dims)
+        self._finish(dims, num_classes, global_pool, head_init_scale, stage_norms)
 
 
 default_cfgs = generate_default_cfgs(

@@ -8,6 +8,7 @@ from torch import nn
 
 from sw_transplant.config import OrderRule
 from sw_transplant.layers.orders import ghost_channels
+from sw_transplant.models.cut_borders import CutSWConv2d
 from sw_transplant.models.registry import build, preprocessing
 from sw_transplant.models.shiftwise import PublishedSWConv2d
 from sw_transplant.models.slak import Block, geometry, patch_entrances
@@ -36,6 +37,8 @@ class ShiftWiseSLaK(StagedNet):
         N_path: parallel banks that are summed before the shift.
         N_rep: edges, the orders in which each strip places the bank.
         orders: ``"random"``, or ``"opposite"`` with one edge, see :class:`sw_transplant.layers.sw_conv2d.SWConv2d`.
+        cut_borders: pad the filters by N // 2 instead of N - 1, as in #3 alone: responses beside the map are missing
+            from the sums (:class:`sw_transplant.models.cut_borders.CutSWConv2d`); without ghosts.
         form: how the large kernels run, see :class:`sw_transplant.ShiftwiseConv2d`.
         global_pool: 'avg', 'max', 'avgmax', or '' without classifier.
         drop_rate: dropout in front of the classifier.
@@ -61,17 +64,15 @@ class ShiftWiseSLaK(StagedNet):
         N_path: int = 2,
         N_rep: int = 4,
         orders: OrderRule = "random",
+        cut_borders: bool = False,
         form: str = "auto",
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         stage_norms: bool = False,
     ) -> None:
-        require_stages("ShiftWiseSLaK", depths=depths, dims=dims)
-        if len(kernel_size) != len(dims) + 1:
-            raise ValueError(
-                f"ShiftWiseSLaK: kernel_size={kernel_size!r} has {len(kernel_size)} entries, "
-                f"expected {len(dims) + 1}, one per stage and the side of the filters"
-            )
+        require_stages(
+            "ShiftWiseSLaK", fifth="the side of the filters", depths=depths, dims=dims, kernel_size=kernel_size
+        )
         dims = [int(dim * width_factor) for dim in dims]
         super().__init__(dims, in_chans, drop_rate)
 
@@ -82,7 +83,7 @@ class ShiftWiseSLaK(StagedNet):
             ghosts = ghost_channels(dim, ghost_ratio, even=False)
             blocks = []
             for rate in rates:
-                large_kernel = PublishedSWConv2d(
+                large_kernel = (CutSWConv2d if cut_borders else PublishedSWConv2d)(
                     dim,
                     length,
                     tile,
@@ -96,9 +97,7 @@ class ShiftWiseSLaK(StagedNet):
                 blocks.append(Block(dim, large_kernel, rate, layer_scale_init_value))
             self.stages.append(nn.Sequential(*blocks))
 
-        self._finish(dims[-1], num_classes, global_pool, head_init_scale)
-        if stage_norms:
-            self.add_stage_norms(dims)
+        self._finish(dims, num_classes, global_pool, head_init_scale, stage_norms)
 
 
 default_cfgs = generate_default_cfgs(

@@ -22,8 +22,11 @@ STACKED, DILATION = 10, 3
 
 
 def _branches(long: int, short: int, arrangement: Arrangement) -> dict[str, Any]:
-    """The branches of one layer; a short side that is not shorter than the long one leaves the square alone."""
-    if short >= long:
+    """The branches of one layer; a short side that is not shorter than the long one leaves the square alone.
+
+    Dilated kernels are longer than their sides, and keep the small one beside them.
+    """
+    if short >= long and arrangement != "dilated":
         return {"lkb_origin": (long, long)}
     first, second = (long, short), (short, long)
     large: dict[Arrangement, dict[str, Any]] = {
@@ -77,7 +80,8 @@ class SLaK(StagedNet):
         dims: channels of the four stages, before `width_factor`.
         kernel_size: the long side of the kernel in each of the four stages, then the short side of all strips, which is
             also that of the small kernel beside them. A stage whose long side is not longer than that has a square
-            kernel alone: (51, 49, 47, 13, 100) enlarges ConvNeXt's kernels naively (SLaK, Table 1).
+            kernel alone, unless it is dilated: (51, 49, 47, 13, 100) enlarges ConvNeXt's kernels naively (SLaK, Table
+            1).
         width_factor: multiplies `dims`, rounding down; 1.3 in the published sizes.
         drop_path_rate: stochastic depth of the last block; the others rise to it linearly.
         layer_scale_init_value: initial layer scale; none if not positive.
@@ -112,12 +116,7 @@ class SLaK(StagedNet):
         drop_rate: float = 0.0,
         stage_norms: bool = False,
     ) -> None:
-        require_stages("SLaK", depths=depths, dims=dims)
-        if len(kernel_size) != len(dims) + 1:
-            raise ValueError(
-                f"SLaK: kernel_size={kernel_size!r} has {len(kernel_size)} entries, "
-                f"expected {len(dims) + 1}, one per stage and the short side of the strips"
-            )
+        require_stages("SLaK", fifth="the short side of the strips", depths=depths, dims=dims, kernel_size=kernel_size)
         if arrangement not in (None, *get_args(Arrangement)):
             raise ValueError(f"SLaK: arrangement {arrangement!r}, expected None or one of {get_args(Arrangement)}")
         arrangement = arrangement or ("strips" if Decom else "square")
@@ -135,9 +134,7 @@ class SLaK(StagedNet):
                 blocks.append(Block(dim, large_kernel, rate, layer_scale_init_value))
             self.stages.append(nn.Sequential(*blocks))
 
-        self._finish(dims[-1], num_classes, global_pool, head_init_scale)
-        if stage_norms:
-            self.add_stage_norms(dims)
+        self._finish(dims, num_classes, global_pool, head_init_scale, stage_norms)
 
 
 default_cfgs = generate_default_cfgs(

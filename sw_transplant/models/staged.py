@@ -17,11 +17,14 @@ STAGES = 4
 POOLINGS = ("avg", "max", "avgmax", "")
 
 
-def require_stages(model: str, **settings: Sequence[Any]) -> None:
-    """Raise ValueError unless every one of `settings` has one entry per stage."""
+def require_stages(model: str, *, fifth: str = "", **settings: Sequence[Any]) -> None:
+    """Raise ValueError unless every one of `settings` has one entry per stage; `kernel_size` one more, if a `fifth`."""
     for name, value in settings.items():
-        if len(value) != STAGES:
-            raise ValueError(f"{model}: {name}={value!r} has {len(value)} entries, expected {STAGES}, one per stage")
+        count, entries = STAGES, "one per stage"
+        if fifth and name == "kernel_size":
+            count, entries = STAGES + 1, f"one per stage and {fifth}"
+        if len(value) != count:
+            raise ValueError(f"{model}: {name}={value!r} has {len(value)} entries, expected {count}, {entries}")
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
@@ -69,17 +72,25 @@ class StagedNet(nn.Module):
         self.grad_checkpointing = False
         self.head_drop = nn.Dropout(drop_rate)
 
-    def _finish(self, dim: int, num_classes: int, global_pool: str, head_init_scale: float) -> None:
-        """The end of a constructor: norm and classifier for `dim` channels, and the first weights of every layer."""
-        self.norm = LayerNorm2d(dim, eps=1e-6)
+    def _finish(
+        self,
+        dims: Sequence[int],
+        num_classes: int,
+        global_pool: str,
+        head_init_scale: float,
+        stage_norms: bool = False,
+    ) -> None:
+        """The end of a constructor: norm, classifier, and the first weights of every layer.
+
+        With `stage_norms` each stage's features get a LayerNorm of their own, under the published names ``norm0`` to
+        ``norm3``.
+        """
+        self.norm = LayerNorm2d(dims[-1], eps=1e-6)
         self.reset_classifier(num_classes, global_pool)
         init_truncated_normal(self)
         if isinstance(self.head, nn.Linear):
             self.head.weight.data.mul_(head_init_scale)
-
-    def add_stage_norms(self, dims: Sequence[int]) -> None:
-        """Gives each stage's features a LayerNorm of their own, under the published names ``norm0`` to ``norm3``."""
-        for stage, dim in enumerate(dims):
+        for stage, dim in enumerate(dims if stage_norms else ()):
             self.add_module(f"norm{stage}", LayerNorm2d(dim, eps=1e-6))
 
     def entrances(self) -> list[nn.Module]:

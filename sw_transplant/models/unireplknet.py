@@ -194,7 +194,7 @@ class UniRepLKNet(StagedNet):
             ]
             self.stages.append(nn.Sequential(*blocks))
 
-        self._finish(dims[-1], num_classes, global_pool, head_init_scale)
+        self._finish(dims, num_classes, global_pool, head_init_scale)
 
 
 # The published B, L and XL were fine-tuned at 384, the others trained at 224.

@@ -46,8 +46,8 @@ class Step:
         only_L: large kernels only.
         trained_as: the recipe, a key of :data:`recipes.RECIPES` without the epochs.
         accuracy_120, accuracy_300: the paper's, in percent; None where it gives none.
-        published: parameters in millions and multiplications in thousand millions, where the paper gives them, counted
-            without what is out of use.
+        published: parameters in millions and multiplications in thousand millions, where the paper gives them.
+        published_in_use: whether these are counted without what is out of use: SLaK's are, SW's are not.
         note: what the texts leave open, or why the step is not built.
     """
 
@@ -63,6 +63,7 @@ class Step:
     accuracy_120: float | None = None
     accuracy_300: float | None = None
     published: tuple[float, float] | None = None
+    published_in_use: bool = False
     note: str = ""
 
     def build(self, **settings: Any) -> nn.Module:
@@ -148,49 +149,58 @@ def _shiftwise(tile: int, edges: int, paths: int, ghost: float) -> SWConfig:
 
 def _in_slak(name: str, what: str, config: SWConfig, **more: Any) -> Step:
     """A step in SLaK's frame."""
-    settings = {
+    settings: dict[str, Any] = {
         "kernel_size": (51, 49, 47, 13, config.tile),
         "N_rep": config.edge_count,
         "N_path": config.paths,
         "ghost_ratio": config.ghost,
         "orders": config.orders,
     }
+    settings |= {key: more.pop(key) for key in ("cut_borders",) if key in more}
     return Step(name, what, "sw_slak_tiny", MappingProxyType(settings), config, **{"sparsity": 0.4, **more})
 
 
 def _in_unireplknet(name: str, what: str, config: SWConfig, **more: Any) -> Step:
-    """A step in UniRepLKNet's frame."""
+    """A step in UniRepLKNet's frame; up to #23 with SLaK's sparsity, as all that SW inherits (appendix C.1)."""
+    share = 0.3 if more.get("trained_as") == "sw_tiny" else 0.4
     settings: dict[str, Any] = {"ghost_ratio": config.ghost}
     settings |= {key: more.pop(key) for key in ("se", "interleaved") if key in more}
-    return Step(name, what, "sw_tiny", MappingProxyType(settings), config, **{"sparsity": 0.3, **more})
+    return Step(name, what, "sw_tiny", MappingProxyType(settings), config, **{"sparsity": share, **more})
 
 
 _PAPER = _shiftwise(3, 4, 2, 0.23)
 _SLAK_T = SWConfig(tile=5, form="assembled")
 _LAID_OUT = SWConfig(tile=5, form="shift")
 _NO_CONVOLUTION = (
-    "Its filters are padded by N // 2, which cuts responses off at the borders: that is no convolution with any large "
-    "kernel, so none of the forms but 'shift' could compute it, and neither convert nor merge."
+    "The texts have no such row, only that #3 unifies the padding. Padded by N // 2, responses are cut off at the "
+    "borders: that is no convolution with any large kernel, and convert, which keeps functions, does not make it."
 )
-_UNSAID = "Neither text nor supplement says what it is."
+_ONLY_COMPARED = (
+    "The supplement (appendix D) only compares it with #15: sparsity acts like other first densities of the layers. It "
+    "gives neither the densities nor an accuracy."
+)
+_BY_GRADIENTS = (
+    "The supplement (C.2) says that the sparsity varies, by the state of the gradients at certain steps, and that this "
+    "matters; not at which steps, by what rule or how much, and no accuracy."
+)
 
 _STEPS = (
     Step("sw#0", "SLaK-tiny, the start", "slak_tiny", config=_SLAK_T, sparsity=0.4, only_L=False,
-         accuracy_120=81.6, published=(30.0, 5.0)),
+         accuracy_120=81.6, published=(30.0, 5.0), published_in_use=True),
     Step("sw#1", "laid out, trained", "slak_tiny", config=_LAID_OUT, converts=True, sparsity=0.4, only_L=False,
          accuracy_120=82.27),
     Step("sw#2", "laid out, padding N // 2", note=_NO_CONVOLUTION),
-    _in_slak("sw#3", "one bank for both strips", _shiftwise(5, 1, 1, 0.0), accuracy_120=81.26,
-             note="The paper's has padding N // 2; ours N - 1, as from #4 on."),
+    _in_slak("sw#3", "one bank for both strips, padding N // 2", _shiftwise(5, 1, 1, 0.0), accuracy_120=81.26,
+             cut_borders=True, note="Its conversion from a SLaK has padding N - 1, as all steps from #4 on."),
     _in_slak("sw#4", "two paths (Rep x2)", _shiftwise(5, 1, 2, 0.0), accuracy_120=81.52),
     _in_slak("sw#6", "ghosts", _shiftwise(5, 1, 2, 0.23), accuracy_120=81.34,
              note="The texts only say that #7 differs from it by the size of the tiles."),
     _in_slak("sw#7", "tiles of 3 instead of 5", _shiftwise(3, 1, 2, 0.23), accuracy_120=81.44),
     _in_slak("sw#11", "four edges in random orders", _PAPER, accuracy_120=81.82),
     _in_slak("sw#15", "another initial sparsity (mean)", _PAPER, sparsity=None, accuracy_120=81.94,
-             note="Its sparsity is not given."),
-    Step("sw#16", "another initial sparsity, found otherwise", note=_UNSAID),
-    Step("sw#17", "sparsity varies during training", note=_UNSAID),
+             note="Its sparsity is called a mean, and not given: it is trained dense here."),
+    Step("sw#16", "another initial sparsity, found otherwise", note=_ONLY_COMPARED),
+    Step("sw#17", "sparsity varies during training", note=_BY_GRADIENTS),
     _in_unireplknet("sw#19", "depths and widths of UniRepLKNet", _PAPER, se=False, accuracy_120=82.25),
     _in_unireplknet("sw#20", "squeeze and excitation", _PAPER, accuracy_120=82.27, accuracy_300=82.70),
     _in_unireplknet("sw#23", "#20 with large kernels interleaved with small ones", _PAPER, interleaved=True,
@@ -205,7 +215,7 @@ _STEPS = (
 )  # fmt: skip
 
 LADDER: dict[str, Step] = {step.name: step for step in _STEPS}
-"""All steps that the texts tell of, ``sw#0`` to ``sw#27``."""
+"""All steps that the texts tell of, ``sw#0`` to ``sw#27``, and ``sw#2``; of the numbers in between they say nothing."""
 
 for _step in _STEPS:
     if _step.config is not None:

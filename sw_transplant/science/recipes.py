@@ -40,7 +40,8 @@ class Recipe:
         batch_size: of all processes and accumulated steps together.
         lr, min_lr, weight_decay: of AdamW; weight decay not for biases and one-dimensional parameters.
         layer_decay: factor on the learning rate from one group of layers to the one before (:func:`layer_group`).
-        drop_path: stochastic depth of the last block.
+        drop_path: stochastic depth of the last block. None for SW-S, which is trained here without: neither its Table 8
+            nor any text says a rate, only that those of UniRepLKNet, which its settings follow, are higher than SLaK's.
         layer_scale: initial layer scale.
         mixup, cutmix: their alphas.
         smoothing: of labels.
@@ -117,7 +118,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 def timm_settings(recipe: Recipe, *, processes: int = 8, batch_size: int = 64) -> dict[str, Any]:
-    """A recipe in the words of timm's ``train.py``, whose ``--config`` reads them as YAML; pruning is not in them.
+    """A recipe in the words of timm's ``train.py``, whose ``--config`` reads them as YAML.
+
+    Pruning, the zeros of averaged weights and the BatchNorms' pass over the training images are not in them. The cosine
+    begins after the warm-up; timm then counts its epochs without that.
 
     Args:
         recipe: one of :data:`RECIPES`.
@@ -126,8 +130,9 @@ def timm_settings(recipe: Recipe, *, processes: int = 8, batch_size: int = 64) -
     """
     settings = {
         "model": recipe.model,
-        "epochs": recipe.epochs,
+        "epochs": recipe.epochs - recipe.warmup_epochs,  # timm adds the warm-up to them, as warmup_prefix says
         "warmup_epochs": recipe.warmup_epochs,
+        "warmup_prefix": True,
         "batch_size": batch_size,
         "grad_accum_steps": max(1, recipe.batch_size // (processes * batch_size)),
         "opt": "adamw",

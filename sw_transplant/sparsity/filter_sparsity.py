@@ -116,7 +116,6 @@ class FilterSparsity:
         self._gradients: dict[MaskedLayer, Tensor] = {}
         self._sparse = False
         self._equal_paths = True
-        self._dense: set[MaskedLayer] = set()
         for layer in self._layers:
             layer.create_mask()
             if not layer.in_filters and dynamics == "exact":
@@ -171,8 +170,8 @@ class FilterSparsity:
         scores = dict(zip(self._layers, snip_scores(self.model, self._layers, batch), strict=True))
         rng = np.random.default_rng((self.seed, 0))
         if self.dynamics == "published":
-            first, self._dense = published.first_masks(scores, 1 - self.sparsity, rng)
-            self._set(first)
+            self._set(published.first_masks(scores, 1 - self.sparsity, rng))
+            published.forget_dense(self._optimizer)
             return
         self._set(exact.first_masks(scores, self._groups, 1 - self.sparsity, rng, drawn=self.init == "snip_random"))
 
@@ -220,8 +219,6 @@ class FilterSparsity:
             optimizer.register_load_state_dict_post_hook(self._resume),
         ]
         self._resume(optimizer)
-        if self.dynamics == "published" and not self._dense:  # loaded: what was left unmasked has no zeros
-            self._dense = {layer for layer in self._layers if torch.equal(layer.mask_in_use, layer.possible)}
         self._set({layer: layer.mask_in_use.clone() for layer in self._layers})
         return self
 
@@ -321,7 +318,8 @@ class FilterSparsity:
         together = (self.steps // (self.update_frequency or 1)) % self.sparse_gap == 0
         parts = [part for group in self._groups for part in ([group] if together else [[each] for each in group])]
         if self.dynamics == "published":
-            masked = [part for part in parts if part[0] not in self._dense]
+            dense = published.left_dense(self._layers, self._optimizer)
+            masked = [part for part in parts if part[0] not in dense]
             if masked:
                 self._set(published.renewed_masks(masked, self.rate(self.steps), rng))
             return

@@ -26,6 +26,8 @@ LAST_RATE = 0.005
 """What the share that is exchanged falls to."""
 DENSE = 0.99
 """From which density on a layer is left unmasked for good."""
+_LEFT_DENSE = "filter_sparsity_dense"
+"""Entry of the optimizer's first parameter group: which layers those are, by number."""
 
 
 def published_layers(model: nn.Module, *, only_L: bool) -> list[list[MaskedLayer]]:
@@ -56,7 +58,7 @@ def published_layers(model: nn.Module, *, only_L: bool) -> list[list[MaskedLayer
 
 def first_masks(
     scores: dict[MaskedLayer, Tensor], density: float, rng: np.random.Generator
-) -> tuple[dict[MaskedLayer, Tensor], set[MaskedLayer]]:
+) -> dict[MaskedLayer, Tensor]:
     """One threshold over all layers gives each a density; each unit of it is then in use with that probability.
 
     Args:
@@ -65,21 +67,35 @@ def first_masks(
         rng: draws, layer by layer.
 
     Returns:
-        The masks, and the layers that are dense enough to be left unmasked.
+        The masks; all in use in layers that are dense enough to be left unmasked.
     """
     together = torch.cat([score[layer.possible] for layer, score in scores.items()])
     count = int(len(together) * density)
     threshold = together.topk(count).values[-1] if count else together.max()
-    masks, dense = {}, set()
+    masks = {}
     for layer, score in scores.items():
         possible = layer.possible
         share = (score[possible] > threshold).float().mean().item()
         mask = (uniform(rng, score) < share) & possible
         if int(mask.sum()) >= DENSE * int(possible.sum()):
             mask = possible.clone()
-            dense.add(layer)
         masks[layer] = mask
-    return masks, dense
+    return masks
+
+
+def left_dense(layers: Sequence[MaskedLayer], optimizer: Any) -> set[MaskedLayer]:
+    """The layers that are left unmasked for good: those that were in use as a whole when this was asked for first.
+
+    The optimizer remembers them, so that a run that goes on later has the same ones, whatever has grown full since.
+    """
+    full = [i for i, layer in enumerate(layers) if torch.equal(layer.mask_in_use, layer.possible)]
+    return {layers[i] for i in optimizer.param_groups[0].setdefault(_LEFT_DENSE, full)}
+
+
+def forget_dense(optimizer: Any) -> None:
+    """New first masks have been chosen; ``optimizer`` is None where none is attached yet."""
+    if optimizer is not None:
+        optimizer.param_groups[0].pop(_LEFT_DENSE, None)
 
 
 def renewed_masks(

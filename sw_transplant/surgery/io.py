@@ -14,6 +14,7 @@ from sw_transplant.config import CONFIG_VERSION
 from sw_transplant.find.candidate import find_site
 from sw_transplant.find.match import Match
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.layers.zeros import masks_for, put_masks
 from sw_transplant.surgery.convert import put
 from sw_transplant.surgery.copies import operand
 from sw_transplant.surgery.description import LayerDescription, describe, read_descriptions, rebuild
@@ -97,8 +98,11 @@ def load(base_model: nn.Module, folder: str | os.PathLike[str], *, inplace: bool
     built = [(layer.match, rebuild(find_site(target, layer.match.path), layer, weights)) for layer in layers]
     for match, _ in built:
         check_site(find_site(target, match.path), match)
-    _check(_state_after(target, built), weights, Path(folder))
+    masks = _masks_of(target, built, weights)
+    state = _state_after(target, built) | {name: weights[name] for name in masks}
+    _check(state, weights, Path(folder))
     model = put(target, built)
+    put_masks(masks, weights)
     model.load_state_dict(weights, strict=True, assign=any(tensor.is_meta for tensor in model.state_dict().values()))
     for host in hosts_of(model):
         host.follow(model)
@@ -215,6 +219,17 @@ def _state_after(model: nn.Module, built: list[tuple[Match, ShiftwiseConv2d]]) -
             state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
             state |= {prefix + name: tensor for name, tensor in module.state_dict().items()}
     return state
+
+
+def _masks_of(
+    model: nn.Module, built: list[tuple[Match, ShiftwiseConv2d]], weights: dict[str, Tensor]
+) -> dict[str, nn.Module]:
+    """What the file says of single weights that are out of use, in layers that were not converted and in branches."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for match, module in built:
+        for place in (match.path, *match.aliases):
+            modules |= dict(module.named_modules(prefix=place))
+    return masks_for(modules, weights)
 
 
 def _check(expected: dict[str, Tensor], got: dict[str, Tensor], path: Path) -> None:

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import sw_transplant as sw
 from sw_transplant import SWConfig, convert
 from sw_transplant.cli import main
 from sw_transplant.layers.sw_conv2d import SWConv2d
+from sw_transplant.models.cut_borders import CutSWConv2d
 from sw_transplant.science.cost import count_cost
 from sw_transplant.science.ladder import LADDER, build
 from sw_transplant.sparsity import sparsity_report
@@ -82,6 +84,43 @@ def test_one_edge_is_in_order_along_rows_and_in_reverse_order_along_columns() ->
     assert not (first.horizontal[0] == first.horizontal[1]).all()
 
 
+@pytest.mark.parametrize(("edges", "tile", "length"), [(1, 5, 13), (1, 3, 9), (4, 3, 11)])
+def test_cut_borders_are_responses_on_the_map_alone(edges: int, tile: int, length: int) -> None:
+    """Small convolutions of the map's own size, each shifted with zeros behind it, by hand; train mode and eval."""
+    torch.manual_seed(0)
+    orders = "opposite" if edges == 1 else "random"
+    module = CutSWConv2d(3, length, tile, edges=edges, paths=2, ghost=0, orders=orders).double()
+    x = torch.randn(2, 3, 8, 7, dtype=torch.float64)
+    tiles = -(-length // tile)
+    z = F.conv2d(x, module.bank.reshape(-1, 1, tile, tile), padding=tile // 2, groups=3).view(2, 3, tiles, 8, 7)
+    first = tile // 2 - length // 2  # where the middle of the first tile stands, from the output
+    sums = {name: torch.zeros_like(x) for name in ("horizontal", "vertical", "identity")}
+    for edge in range(edges):
+        for channel in range(3):
+            for t in range(tiles):
+                for name, axis in (("horizontal", 3), ("vertical", 2)):
+                    place = first + tile * int(getattr(module, name)[edge, channel, t])
+                    for here in range(x.shape[axis]):
+                        if 0 <= here + place < x.shape[axis]:
+                            taken = z[:, channel, t].select(axis - 1, here + place)
+                            sums[name][:, channel].select(axis - 1, here).add_(taken.detach())
+            sums["identity"][:, channel] += z[:, channel, int(module.identity[edge, channel])].detach()
+    for training in (True, False):
+        module.train(training)
+        wanted = x + sum(F.batch_norm(sums[name], None, None, training=True) for name in sums) if training else None
+        if wanted is None:
+            norms = {name: module.norm(name) for name in sums}
+            wanted = x + sum(norms[n](sums[n]) for n in sums)
+        torch.testing.assert_close(module(x), wanted)
+    assert {layer.form for layer in sw.tune(module, x).layers} == {"shift"}
+    for call in (lambda: sw.merge(module), lambda: module.weight, lambda: module.reparameterize()):
+        with pytest.raises(NotImplementedError, match=r"cut_borders=False pads them by N - 1"):
+            call()
+    for wrong in ({"ghost": 0.5}, {"stride": 2}, {"gain": "edge"}):
+        with pytest.raises(ValueError, match="CutSWConv2d: tile=3"):
+            CutSWConv2d(4, 9, 3, **{"ghost": 0, **wrong})
+
+
 def test_opposite_strips_are_mirrored_kernels() -> None:
     """Along a row the tiles stand in the bank's order, along a column from the last to the first."""
     module = SWConv2d(4, 9, 3, edges=1, paths=1, ghost=0, residual=False, orders="opposite").eval().double()
@@ -149,6 +188,8 @@ def test_recipes_follow_the_steps() -> None:
     assert LADDER["sw#24"].recipe(300).warmup_epochs == 5
     assert LADDER["sw#27"].recipe(300).pruning.sparsity == 0.2
     assert LADDER["sw#15"].recipe().pruning is None
+    shares = {name: LADDER[name].recipe().pruning.sparsity for name in ("sw#11", "sw#20", "sw#23", "sw#24", "sw#25")}
+    assert list(shares.values()) == [0.4, 0.4, 0.4, 0.3, 0.3]  # SLaK's up to #23 (C.1), then what Table 9 starts from
 
 
 @pytest.mark.exhaustive

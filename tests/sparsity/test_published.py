@@ -13,6 +13,7 @@ from sw_transplant import SWConfig, convert
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.models import ShiftWise, SLaK
 from sw_transplant.sparsity import FilterSparsity, apply_masks, follow_masks, sparsity_report
+from sw_transplant.sparsity.published import left_dense
 
 SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "num_classes": 4, "layer_scale_init_value": 1.0}
 
@@ -110,11 +111,32 @@ def test_first_masks_are_drawn_with_a_density_for_each_path() -> None:
 def test_layers_that_are_almost_dense_are_left_alone() -> None:
     model = small_sw()
     sparsity, optimizer = started(model, sparsity=0.01)
-    dense = set(sparsity._dense)
-    assert dense
+    dense = left_dense(sparsity._layers, optimizer)
+    assert 0 < len(dense) < len(sparsity._layers)
     for number in range(3):
         step(model, optimizer, number)
     assert all(bool(layer.mask.all()) for layer in dense)
+
+
+def test_what_was_left_alone_is_remembered_whatever_is_loaded_first() -> None:
+    """A new process attaches before it loads; ranks of one run choose by the masks that they share."""
+    model = small_sw()
+    sparsity, optimizer = started(model, sparsity=0.01)
+    step(model, optimizer, 0)
+    dense = [layer.path for layer in sparsity._layers if layer in left_dense(sparsity._layers, optimizer)]
+    for first, second in ((0, 1), (1, 0)):
+        again = small_sw()
+        later = FilterSparsity(again, update_frequency=1, dynamics="published", total_steps=20)
+        other = torch.optim.AdamW(again.parameters(), lr=1e-3)
+        later.attach(other)
+        loads = ((again, model), (other, optimizer))
+        for here, there in (loads[first], loads[second]):
+            here.load_state_dict(there.state_dict())
+        assert [layer.path for layer in later._layers if layer in left_dense(later._layers, other)] == dense
+        mask = next(layer for layer in later._layers if layer.path not in dense).mask_in_use
+        before = mask.clone()
+        step(again, other, 1)
+        assert not torch.equal(mask, before)
 
 
 def test_moments_go_on_where_filters_are_out_of_use() -> None:
