@@ -41,6 +41,16 @@ def check(
         if assembles(capability) and (plan := plan_of(capability)) is not None:
             found.setdefault(plan, []).append(capability)
     for plan, capabilities in found.items():
-        used = check_assembled(source_of(plan), capabilities, plan.registers, folder)
+        used = check_assembled(source_of(plan), capabilities, allowed(plan), folder)
         said = ", ".join(f"sm_{a}{b} {n}" for (a, b), n in zip(capabilities, used, strict=True))
         print(f"registers: {said} of {plan.registers}")
+
+
+def allowed(plan: Any) -> int:
+    """Registers of a thread with which as many thread blocks are resident as with those planned.
+
+    A block of many warps may leave some over, which the compiler then takes. They are given out eight at a time.
+    """
+    warps = plan.threads // 32
+    blocks = 4 * (512 // plan.registers) // warps
+    return max(r for r in (plan.registers, *range(96, 255, 8), 255) if 4 * (512 // r) // warps >= blocks)
