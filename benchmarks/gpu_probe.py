@@ -29,7 +29,7 @@ from sw_transplant.ops.toeplitz import (
     weight_grad_kernel_applies,
 )
 from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference
-from sw_transplant.ops.toeplitz_selftest import weight_grad_self_test, why_no_kernel
+from sw_transplant.ops.toeplitz_selftest import SELF_TESTS, why_no_kernel
 
 PACKAGES = ("torch", "triton", "numpy", "numba", "numba-cuda", "llvmlite", "cuda-bindings", "cuda-core")
 PACKAGES += ("nvidia-nvjitlink", "nvidia-nvvm", "timm", "pytest", "pytest-xdist")
@@ -79,10 +79,10 @@ def facts() -> dict[str, Any]:
             versions[name] = None
     device = torch.device("cuda", torch.cuda.current_device())
     seconds: dict[str, float] = {}
-    problems = {
-        "toeplitz": timed(seconds, "why_no_kernel", lambda: why_no_kernel(device.index)),
-        "weight gradient": timed(seconds, "weight_grad_self_test", lambda: weight_grad_self_test(device)),
-    }
+    problems = {"toeplitz": timed(seconds, "why_no_kernel", lambda: why_no_kernel(device.index))}
+    for (gradient, channels_last), test in list(SELF_TESTS.items())[1:]:
+        what = f"{'weight gradient' if gradient else 'toeplitz'}{', channels_last' if channels_last else ''}"
+        problems[what] = timed(seconds, f"trial: {what}", lambda test=test: test(device))
     microseconds = {}
     for dtype in (torch.float32, torch.float16):
         x, sizes, origins = torch.randn(2, 4, 56, 56, device=device).to(dtype), [51, 5, 5, 51], [25, 2, 2, 25]

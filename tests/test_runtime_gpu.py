@@ -354,7 +354,7 @@ def test_a_form_that_cannot_run_is_replaced_and_said_so(name: str) -> None:
 @pytest.fixture
 def _asked_anew() -> Iterator[None]:
     """Whether kernels run is asked once; here again, and after the test."""
-    asked = (launch._why_not, toeplitz_selftest._why_no_kernel, toeplitz_selftest.self_test)
+    asked = (launch._why_not, toeplitz_selftest._why_no_kernel, *toeplitz_selftest.SELF_TESTS.values())
     for question in asked:
         question.cache_clear()
     yield

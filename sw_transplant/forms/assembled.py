@@ -93,6 +93,8 @@ def join_kernels(kernels: Sequence[DenseKernel]) -> list[DenseKernel]:
     A 5 x 5 vanishes in a 51 x 5, and dilated kernels in the square that they lie in. A 51 x 5 and a 5 x 51 stay two:
     their sum would be a 51 x 51 with five times the work.
     """
+    if len(kernels) == 1:
+        return list(kernels)
     groups = join_extents([kernel.extent for kernel in kernels])
     return [reduce(add_kernels, [kernels[i] for i in members]) for _, members in groups]
 

@@ -92,6 +92,17 @@ def check_form(form: str) -> None:
         raise ValueError(f"form: got {form!r}, expected 'auto' or one of {sorted(FORMS)}")
 
 
+def autocast_of(kind: str) -> torch.dtype | None:
+    """What autocast computes in on a kind of device; None while it is off."""
+    return torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None
+
+
+def cast_of(x: Tensor) -> tuple[torch.dtype, torch.dtype] | None:
+    """What autocast makes of a map, and what it is: a plan depends on both; None while autocast is off."""
+    autocast = autocast_of(x.device.type)
+    return None if autocast is None else (autocast, x.dtype)
+
+
 def conditions(x: Tensor) -> Conditions:
     """The conditions of a call with map ``x``."""
     device = x.device
@@ -100,7 +111,7 @@ def conditions(x: Tensor) -> Conditions:
         device,
         not torch.compiler.is_compiling() and x.shape[0] > FEW_IMAGES,
         is_channels_last(x),
-        torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None,
+        autocast_of(kind),
         kind == "cuda" and matmul_is_coarser(),
         is_transformed() or is_for_onnx(),
         is_deterministic(),

@@ -24,4 +24,7 @@ def batch_norm_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
 def total(biases: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
     """Sum of the biases that exist, rounded once to the dtype of the bank; None where none does."""
     given = [bias for bias in biases if bias is not None]
-    return reduce(add, given).to(dtype) if given else None
+    if not given:
+        return None
+    found = reduce(add, given)
+    return found if found.dtype is dtype else found.to(dtype)  # asking takes a tenth of the time

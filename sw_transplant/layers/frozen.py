@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sw_transplant.forms.dispatch import conditions
+from sw_transplant.cuda.answers import Passing
+from sw_transplant.forms.dispatch import cast_of, conditions
 from sw_transplant.layers.plan import Plan, make_plan
 from sw_transplant.layers.planner import Kept
 from sw_transplant.layers.watch import Watch
@@ -27,8 +28,9 @@ class Frozen:
     """The plans of a frozen layer, one for each size of the map, device, stride and dtype of autocast.
 
     A plan is made by the first call that is neither compiled nor captured, and again where the parameters have changed
-    by then. A compiled call of a size that has no plan makes its own, as without freezing. Copies and pickles of a
-    layer stay frozen, without plans: the buffers are not saved.
+    by then. One that was decided while an answer about the device was passing, as for want of memory, is not kept. A
+    compiled call of a size that has no plan makes its own, as without freezing. Copies and pickles of a layer stay
+    frozen, without plans: the buffers are not saved.
     """
 
     def __init__(self) -> None:
@@ -48,8 +50,7 @@ class Frozen:
                 "sw_transplant.unfreeze(model)"
             )
         given = conditions(x)
-        cast = None if given.autocast is None else (given.autocast, x.dtype)
-        key: tuple[Any, ...] = (x.shape[2], x.shape[3], given.device, cast, layer.stride)
+        key: tuple[Any, ...] = (x.shape[2], x.shape[3], given.device, cast_of(x), layer.stride)
         key += ("deterministic",) if given.deterministic else ()
         kept = self._kept.get(key)
         if torch.compiler.is_compiling() or is_transformed() or (x.is_cuda and _is_capturing()):
@@ -60,9 +61,13 @@ class Frozen:
 
     def _make(self, layer: Any, x: Tensor, key: tuple[Any, ...]) -> Kept:
         self._drop(layer, key)
+        said = Passing.said
         with torch.inference_mode(False), torch.no_grad():
             # Of a copy, so that nothing in the plan is written to with the layer.
             plan = make_plan(copy.deepcopy(layer).requires_grad_(False), x, conditions(x))
+            if Passing.said != said:  # it follows from what passes: for this call only
+                layer._planner.decision = plan.decision
+                return Kept(key, plan, None)
             for number, tensor in enumerate(_tensors(plan)):
                 layer.register_buffer(f"{_stem(key)}_{number}", tensor, persistent=False)
         if x.is_cuda:

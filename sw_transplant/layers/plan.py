@@ -229,7 +229,7 @@ def fill(given: Outline, branches: Sequence[PlacedTiles]) -> Plan:
     return Plan(
         given.decision,
         FORMS[given.decision.form].prepare(outputs, call),
-        [None if bias is None else bias.to(call.dtype) for bias in biases],
+        [bias if bias is None or bias.dtype is call.dtype else bias.to(call.dtype) for bias in biases],
         [branch.bn for branch in branches[linear:]],  # type: ignore[misc]
         call,
         given.turns,

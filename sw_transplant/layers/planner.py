@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sw_transplant.cuda.answers import Passing
-from sw_transplant.forms.dispatch import AUTOCAST, FEW_IMAGES, Decision, conditions, matmul_is_coarser
+from sw_transplant.forms.dispatch import FEW_IMAGES, Decision, cast_of, conditions, matmul_is_coarser
 from sw_transplant.layers.plan import Layer, Outline, Plan, fill, make_plan, outline
 from sw_transplant.layers.watch import Watch
 from sw_transplant.ops.depthwise import runs_as_it_is
@@ -115,12 +115,9 @@ class Kept:
 def _key(x: Tensor) -> tuple[Any, ...]:
     """What a plan depends on beside the layer: asked before every call, so only what is quick to ask."""
     shape, device = x.shape, x.device
-    kind = device.type
-    autocast = torch.get_autocast_dtype(kind) if kind in AUTOCAST and torch.is_autocast_enabled(kind) else None
-    cast = None if autocast is None else (autocast, x.dtype)
     modes = (torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled())
-    common = (shape[1:], x.stride(), shape[0] > FEW_IMAGES, device, cast, modes)
-    if kind != "cuda":
+    common = (shape[1:], x.stride(), shape[0] > FEW_IMAGES, device, cast_of(x), modes)
+    if device.type != "cuda":
         return common
     # On another stream the plan's tensors may not be ready yet.
     return (*common, matmul_is_coarser(), torch.cuda.current_stream(device).cuda_stream)

@@ -23,7 +23,7 @@ from sw_transplant.ops.toeplitz_reference import (
     toeplitz_conv_reference,
     toeplitz_weight_grad_reference,
 )
-from sw_transplant.ops.toeplitz_selftest import weight_grad_is_wrong
+from sw_transplant.ops.toeplitz_selftest import is_left_out
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -137,7 +137,7 @@ def weight_grad_kernel_applies(x: Tensor, sizes: Sequence[int], origins: Sequenc
 
 
 def _plan(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int]) -> Any:
-    if not _has_kernels(x):
+    if not _has_kernels(x, gradient=False):
         return None
     from sw_transplant.cuda.toeplitz import plan_for
 
@@ -145,7 +145,7 @@ def _plan(x: Tensor, weights: Sequence[Tensor], origins: Sequence[int]) -> Any:
 
 
 def _weight_grad_plan(x: Tensor, grad: Tensor, sizes: Sequence[int], origins: Sequence[int]) -> Any:
-    if not _has_kernels(x) or weight_grad_is_wrong(x.device):
+    if not _has_kernels(x, gradient=True):
         return None
     from sw_transplant.cuda.toeplitz import weight_grad_plan_for
 
@@ -157,8 +157,11 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=dense_format(x))
 
 
-def _has_kernels(x: Tensor) -> bool:
-    return x.device.type == "cuda" and launch.is_available(x.device.index)
+def _has_kernels(x: Tensor, gradient: bool) -> bool:
+    """Whether the kernels for maps of this memory format are there, and right."""
+    if x.device.type != "cuda" or not launch.is_available(x.device.index):
+        return False
+    return not is_left_out(x.device, not x.is_contiguous(), gradient)
 
 
 def _run_conv(

@@ -2,7 +2,8 @@
 
 They read and write contiguous and channels_last maps alike. A few channels of a channels_last map are staged at once,
 though, and where these do not fit into shared memory, as with tiles that have a wide halo, a contiguous copy is made
-first: outside of the operators, where a compiler sees it and may make it a part of what comes before.
+first: outside of the operators, where a compiler sees it and may make it a part of what comes before. So it is where
+the kernels for channels_last maps have failed their trial on a device, and those for contiguous ones have not.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sw_transplant.cuda import launch
 from sw_transplant.ops.toeplitz_reference import dense_format, pairs
+from sw_transplant.ops.toeplitz_selftest import is_left_out
 from sw_transplant.ops.tracing import constant_when_traced
 
 
@@ -47,13 +50,16 @@ def takes_channels_last(
     gradient: bool = False,
 ) -> bool:
     """The same for channels_last maps on CUDA device number `device`."""
+    if not launch.is_available(device):
+        return True
     from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
     from sw_transplant.cuda.toeplitz.launcher import arguments_for
     from sw_transplant.cuda.toeplitz.settings import choose_plan
 
     choose = choose_gradient_plan if gradient else choose_plan
-    geometry = dtype, device, 1, channels, size, pairs(sizes), pairs(origins)
-    native, copied = (arguments_for(*geometry, channels_last) for channels_last in (True, False))
-    if native is not None and choose(*native) is not None:
+    geometry, place = (dtype, device, 1, channels, size, pairs(sizes), pairs(origins)), torch.device("cuda", device)
+    native = arguments_for(*geometry, True)
+    if native is not None and choose(*native) is not None and not is_left_out(place, True, gradient):
         return True
-    return copied is None or choose(*copied) is None
+    copied = arguments_for(*geometry, False)
+    return copied is None or choose(*copied) is None or is_left_out(place, False, gradient)

@@ -2,6 +2,8 @@
 
 The trial is the same whenever it is made: in a thread of its own, where autocast, default devices, inference mode and
 modes of dispatch of who asks do not reach, with dtypes that are named. What fails for want of memory is tried again.
+There is one for each operator and memory format, made when the first such map comes: a network of contiguous maps does
+not wait for kernels of channels_last ones.
 """
 
 import threading
@@ -55,61 +57,96 @@ def _why_no_kernel(device: int) -> str:
 
 @Remembered
 def self_test(device: torch.device) -> str:
-    """What is wrong with the kernel of `toeplitz_conv` on a device, also as a warning; empty if nothing is."""
+    """What is wrong with the kernel of `toeplitz_conv` for contiguous maps on a device, also as a warning; empty if
+    nothing is."""
+    return _problem("toeplitz", device, lambda: _convolve(device, torch.contiguous_format))
 
-    def trial() -> tuple[list[Tensor], list[Tensor]]:
-        from sw_transplant.cuda import toeplitz as kernels
 
-        x, _, weights, sizes, origins = _trial()
-        expected = toeplitz_conv_reference(x, weights, origins)
-        there = x.to(device)
-        plan = kernels.plan_for(there, pairs(sizes), pairs(origins))
-        if plan is None:
-            return [], []
-        out = torch.empty_like(there)
-        kernels.toeplitz_conv_forward(there, [weight.to(device) for weight in weights], None, False, plan, out)
-        return [out], [expected]
-
-    return _problem("toeplitz", device, trial)
+@Remembered
+def self_test_channels_last(device: torch.device) -> str:
+    """The same for its kernel for channels_last maps."""
+    return _problem("toeplitz of channels_last maps", device, lambda: _convolve(device, torch.channels_last))
 
 
 @Remembered
 def weight_grad_self_test(device: torch.device) -> str:
-    """The same for the kernel of `toeplitz_weight_grad`."""
-
-    def trial() -> tuple[list[Tensor], list[Tensor]]:
-        from sw_transplant.cuda import toeplitz as kernels
-
-        x, grad, _, sizes, origins = _trial()
-        there = x.to(device)
-        grad_there = grad.to(device)
-        plan = kernels.weight_grad_plan_for(there, grad_there, pairs(sizes), pairs(origins))
-        if plan is None:
-            return [], []
-        expected = toeplitz_weight_grad_reference(x, grad, sizes, origins)
-        return kernels.toeplitz_weight_grad(there, grad_there, plan), expected
-
-    return _problem("the weight gradient of toeplitz", device, trial)
+    """The same for the kernel of `toeplitz_weight_grad` for contiguous maps."""
+    return _problem("the weight gradient of toeplitz", device, lambda: _correlate(device, torch.contiguous_format))
 
 
-def weight_grad_is_wrong(device: torch.device) -> bool:
-    """Whether the kernel of the weight gradient is known to be wrong, or cannot be tried now."""
-    return bool(weight_grad_self_test(device))
+@Remembered
+def weight_grad_self_test_channels_last(device: torch.device) -> str:
+    """The same for its kernel for channels_last maps."""
+    what = "the weight gradient of toeplitz of channels_last maps"
+    return _problem(what, device, lambda: _correlate(device, torch.channels_last))
 
 
-def _trial() -> tuple[Tensor, Tensor, list[Tensor], list[int], list[int]]:
-    """A map, the gradient of an output, kernels, their sizes and origins, on the CPU."""
+SELF_TESTS = {  # whether of the gradient, whether channels_last
+    (False, False): self_test,
+    (False, True): self_test_channels_last,
+    (True, False): weight_grad_self_test,
+    (True, True): weight_grad_self_test_channels_last,
+}
+
+
+def is_left_out(device: torch.device, channels_last: bool, gradient: bool = False) -> bool:
+    """Whether a kernel is known to be wrong on a device, or cannot be tried now: then it is not used.
+
+    Those for channels_last maps have the products of the ones for contiguous maps, and need these to be right. The
+    other way round nothing is lost but the time of copies: contiguous ones of the maps.
+
+    Args:
+        device: a CUDA device that has kernels.
+        channels_last: the memory format of the maps.
+        gradient: of `toeplitz_weight_grad`, instead of `toeplitz_conv`.
+    """
+    if SELF_TESTS[gradient, False](device):
+        return True
+    return channels_last and bool(SELF_TESTS[gradient, True](device))
+
+
+Compared = tuple[list[Tensor], list[Tensor]]  # what kernels gave, and what is right
+
+
+def _convolve(device: torch.device, layout: torch.memory_format) -> Compared:
+    from sw_transplant.cuda import toeplitz as kernels
+
+    x, _, weights, sizes, origins = _trial(layout)
+    there = x.to(device).contiguous(memory_format=layout)
+    plan = kernels.plan_for(there, pairs(sizes), pairs(origins))
+    if plan is None:
+        return [], []
+    out = torch.empty_like(there)
+    kernels.toeplitz_conv_forward(there, [weight.to(device) for weight in weights], None, False, plan, out)
+    return [out], [toeplitz_conv_reference(x, weights, origins)]
+
+
+def _correlate(device: torch.device, layout: torch.memory_format) -> Compared:
+    from sw_transplant.cuda import toeplitz as kernels
+
+    x, grad, _, sizes, origins = _trial(layout)
+    maps = [each.to(device).contiguous(memory_format=layout) for each in (x, grad)]
+    plan = kernels.weight_grad_plan_for(*maps, pairs(sizes), pairs(origins))
+    if plan is None:
+        return [], []
+    return kernels.toeplitz_weight_grad(*maps, plan), toeplitz_weight_grad_reference(x, grad, sizes, origins)
+
+
+def _trial(layout: torch.memory_format) -> tuple[Tensor, Tensor, list[Tensor], list[int], list[int]]:
+    """A map, the gradient of an output, kernels, their sizes and origins, on the CPU; contiguous."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
 
-    x, grad = draw(2, 2, 3, 20, 23)
+    # Of channels_last maps, more channels than a thread block takes, and no multiple of that; four come at once.
+    channels = 20 if layout == torch.channels_last else 3
+    x, grad = draw(2, 2, channels, 20, 23)
     sizes, origins = [11, 3, 3, 11], [5, 1, 1, 5]
-    return x, grad, [draw(3, 1, *size) for size in pairs(sizes)], sizes, origins
+    return x, grad, [draw(channels, 1, *size) for size in pairs(sizes)], sizes, origins
 
 
-def _problem(what: str, device: torch.device, trial: Callable[[], tuple[list[Tensor], list[Tensor]]]) -> str:
+def _problem(what: str, device: torch.device, trial: Callable[[], Compared]) -> str:
     """Why a trial on a device does not give what is expected; empty if it does. Warns.
 
     Raises:

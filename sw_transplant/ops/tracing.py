@@ -24,10 +24,10 @@ def is_observed() -> bool:
     """Whether somebody records or reinterprets operations: a compiler, a tracer, torch.func, a mode of dispatch."""
     return bool(
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._is_tracing()
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
         or torch._C._len_torch_dispatch_stack()
-        or is_transformed()
+        or _stand_for_others()
     )
 
 
@@ -39,6 +39,8 @@ def is_for_onnx() -> bool:
 
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work: tensors stand for others, or carry tangents."""
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and _stand_for_others()
+
+
+def _stand_for_others() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

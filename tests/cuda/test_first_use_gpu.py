@@ -23,8 +23,8 @@ SIZE = (2, 6, 40, 40)
 def _first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is known of the device, nothing compiled or kept."""
     monkeypatch.setenv("SW_TRANSPLANT_CACHE", str(tmp_path))
-    asked = (launch._why_not, toeplitz_selftest._why_no_kernel, toeplitz_selftest.self_test)
-    known = (*asked, toeplitz_selftest.weight_grad_self_test, launch._loaded)
+    asked = (launch._why_not, toeplitz_selftest._why_no_kernel, *toeplitz_selftest.SELF_TESTS.values())
+    known = (*asked, launch._loaded)
     for each in known:
         each.cache_clear()
     yield

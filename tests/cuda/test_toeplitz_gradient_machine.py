@@ -12,13 +12,15 @@ from sw_transplant.cuda.intrinsics import SIMULATOR
 from sw_transplant.cuda.toeplitz.division import Device
 from sw_transplant.cuda.toeplitz.gradient import launcher
 from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
+from sw_transplant.cuda.toeplitz.plan import widest_vector
 from sw_transplant.cuda.toeplitz.staging import DTYPES
 from sw_transplant.ops import toeplitz as operators
-from sw_transplant.ops.toeplitz_selftest import weight_grad_self_test
+from sw_transplant.ops.toeplitz_selftest import SELF_TESTS
 from tests.cuda.assembler import compile_to_ptx
 from tests.cuda.gradient_error import gradient_error
 from tests.cuda.ptx_machine import Machine, Program, bits_of
 from tests.cuda.toeplitz_cases import DEVICES, Layer, strips
+from tests.sampling import sample
 
 pytestmark = pytest.mark.skipif(SIMULATOR, reason="the simulator compiles nothing")
 BOUNDS = {"tf32": 5e-4, "tf32x3": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
@@ -101,16 +103,25 @@ def test_operator(interpreted: list, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gradient_error(results, x, grad, layer.sizes, origins) <= BOUNDS["float16"]
 
 
-def test_self_test(interpreted: list, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("channels_last", sample([False, True], [False]))
+def test_self_test(channels_last: bool, interpreted: list, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a device is asked before the kernel is used, with the plan that a GPU would get."""
+    test = SELF_TESTS[True, channels_last]
 
     def plan_for(x, grad, sizes, origins):
-        return choose_gradient_plan("tf32", x.shape[2:], tuple(sizes), tuple(origins), DEVICES[9, 0])
+        assert (not x.is_contiguous()) == channels_last
+        vector = widest_vector("tf32", x.shape[1] if channels_last else x.shape[3])
+        plan = choose_gradient_plan(
+            "tf32", x.shape[2:], tuple(sizes), tuple(origins), DEVICES[9, 0], vector, channels_last=channels_last
+        )
+        assert plan is not None
+        assert not channels_last or plan.channels < x.shape[1]
+        return plan
 
     monkeypatch.setattr(kernels, "weight_grad_plan_for", plan_for)
-    weight_grad_self_test.cache_clear()
-    assert weight_grad_self_test(torch.device("cpu")) == ""
-    weight_grad_self_test.cache_clear()
+    test.cache_clear()
+    assert test(torch.device("cpu")) == ""
+    test.cache_clear()
     assert len(interpreted) == 1
 
 

@@ -13,11 +13,11 @@ from sw_transplant.cuda.toeplitz import launcher
 from sw_transplant.cuda.toeplitz.division import Device
 from sw_transplant.cuda.toeplitz.kernel import toeplitz_source
 from sw_transplant.cuda.toeplitz.launcher import divide
-from sw_transplant.cuda.toeplitz.plan import Plan
+from sw_transplant.cuda.toeplitz.plan import Plan, widest_vector
 from sw_transplant.cuda.toeplitz.settings import choose_plan
 from sw_transplant.cuda.toeplitz.staging import DTYPES
 from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference
-from sw_transplant.ops.toeplitz_selftest import self_test
+from sw_transplant.ops.toeplitz_selftest import SELF_TESTS
 from tests.cuda.assembler import compile_to_ptx
 from tests.cuda.lockstep import Cutting, Lockstep
 from tests.cuda.ptx_machine import Machine, Program, bits_of
@@ -118,8 +118,10 @@ def launched(
     return out, float((out.double() - expected).norm() / expected.norm())
 
 
-def test_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("channels_last", sample([False, True], [False]))
+def test_self_test(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a device is asked before the kernel is used: the kernel as compiled, with the plan that a GPU would get."""
+    test = SELF_TESTS[False, channels_last]
     launches = []
 
     def launch(factory, key, grid, threads, arguments, shared_bytes):
@@ -131,12 +133,19 @@ def test_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     def plan_for(x, sizes, origins):
-        return choose_plan("tf32", x.shape[2:], tuple(sizes), tuple(origins), DEVICES[9, 0])
+        assert (not x.is_contiguous()) == channels_last
+        vector = widest_vector("tf32", x.shape[1] if channels_last else x.shape[3])
+        plan = choose_plan(
+            "tf32", x.shape[2:], tuple(sizes), tuple(origins), DEVICES[9, 0], vector, channels_last=channels_last
+        )
+        assert plan is not None
+        assert not channels_last or plan.channels < x.shape[1]
+        return plan
 
     monkeypatch.setattr(launcher, "launch", launch)
     monkeypatch.setattr(launcher, "device_of", lambda index: SMALL)
     monkeypatch.setattr(kernels, "plan_for", plan_for)
-    self_test.cache_clear()
-    assert self_test(torch.device("cpu")) == ""
-    self_test.cache_clear()
+    test.cache_clear()
+    assert test(torch.device("cpu")) == ""
+    test.cache_clear()
     assert len(launches) == 1

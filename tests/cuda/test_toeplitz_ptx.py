@@ -6,54 +6,36 @@ import pytest
 
 pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
 
-from sw_transplant.cuda.intrinsics import SIMULATOR
 from sw_transplant.cuda.toeplitz.kernel import toeplitz_source
-from tests.cuda.assembler import PTXAS, check_assembled
-from tests.cuda.toeplitz_cases import LAYERS, MATHS, Layer
+from tests.cuda.assembler import check_assembled
+from tests.cuda.toeplitz_cases import LAYERS, Layer
+from tests.cuda.toeplitz_ptx import NEEDS, cases, check
 
-pytestmark = [
-    pytest.mark.skipif(PTXAS is None, reason="needs ptxas: pip install nvidia-cuda-nvcc"),
-    pytest.mark.skipif(SIMULATOR, reason="the simulator compiles nothing"),
-]
+pytestmark = NEEDS
 QUICK = [
-    (LAYERS[0], "tf32", (9, 0)),
-    (LAYERS[0], "tf32x3", (8, 6)),
-    (LAYERS[13], "bfloat16", (8, 0)),
+    (LAYERS[0], "tf32", (9, 0), 0, True),
+    (LAYERS[0], "tf32x3", (8, 6), 0, True),
+    (LAYERS[13], "bfloat16", (8, 0), 0, True),
+    (LAYERS[10], "float16", (9, 0), 0, False),
+    (LAYERS[11], "float16", (9, 0), 96, True),
 ]
-ALL = [(layer, math, (9, 0)) for layer in LAYERS for math in MATHS]
-ALL += [(layer, math, capability) for layer in LAYERS for math in MATHS[:3] for capability in ((8, 0), (8, 6))]
 
 
-def check(
-    layer: Layer, math: str, capability: tuple[int, int], folder: Path, extras: bool = True, channels: int = 0
+@pytest.mark.parametrize(("layer", "math", "capability", "channels", "extras"), QUICK, ids=str)
+def test_some_kernels_assemble_without_spills(
+    layer: Layer, math: str, capability: tuple[int, int], channels: int, extras: bool, tmp_path: Path
 ) -> None:
     plan = layer.plan(math, capability, channels)
-    if plan is None and channels:
-        return  # no room for several channels: a contiguous copy is made
-    check_assembled(toeplitz_source(plan, extras, extras), capability, plan.registers, folder)
-
-
-@pytest.mark.parametrize(("layer", "math", "capability"), QUICK, ids=str)
-def test_some_kernels_assemble_without_spills(layer, math, capability, tmp_path) -> None:
-    check(layer, math, capability, tmp_path)
-
-
-def test_without_bias_and_residual(tmp_path) -> None:
-    check(LAYERS[10], "float16", (9, 0), tmp_path, extras=False)
-
-
-def test_channels_last(tmp_path) -> None:
-    check(LAYERS[11], "float16", (9, 0), tmp_path, channels=96)
+    assert plan is not None
+    check_assembled(toeplitz_source(plan, extras, extras), [capability], plan.registers, tmp_path)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("channels", [124, 249])
-@pytest.mark.parametrize(("layer", "math", "capability"), ALL, ids=str)
-def test_all_channels_last(layer, math, capability, channels: int, tmp_path) -> None:
-    check(layer, math, capability, tmp_path, channels=channels)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("layer", "math", "capability"), ALL, ids=str)
-def test_all_kernels_assemble_without_spills(layer, math, capability, tmp_path) -> None:
-    check(layer, math, capability, tmp_path)
+@pytest.mark.parametrize(("layer", "math", "channels", "family"), cases(LAYERS), ids=str)
+def test_all_kernels_assemble_without_spills(layer, math, channels: int, family: str, tmp_path) -> None:
+    check(
+        lambda capability: layer.plan(math, capability, channels),
+        lambda plan: toeplitz_source(plan, True, True),
+        family,
+        tmp_path,
+    )

@@ -12,6 +12,7 @@ from sw_transplant.cuda.toeplitz.settings import choose_plan
 MATHS = ["tf32", "tf32x3", "float16", "bfloat16"]
 DEVICES = {
     (9, 0): Device(132, 227 * 1024, 228 * 1024),
+    (10, 0): Device(148, 227 * 1024, 228 * 1024),
     (8, 0): Device(108, 163 * 1024, 164 * 1024),
     (8, 6): Device(84, 99 * 1024, 100 * 1024, warps=48, blocks=16),
 }

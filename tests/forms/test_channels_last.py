@@ -104,6 +104,8 @@ def test_which_geometries_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(launcher, "device_of", lambda index: DEVICES[9, 0])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(toeplitz_formats.launch, "is_available", lambda device: True)
+    monkeypatch.setattr(toeplitz_formats, "is_left_out", lambda *kernel: False)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for gradient in (False, True):
             for side, channels, sizes in ((56, 124, (51, 5, 5, 51)), (28, 249, (49, 5, 5, 49)), (56, 96, (7, 7))):

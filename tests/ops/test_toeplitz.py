@@ -235,6 +235,7 @@ def wrong(launch, change):
     [
         (toeplitz_selftest.self_test, "plan_for", "toeplitz_conv_forward", right_conv),
         (toeplitz_selftest.weight_grad_self_test, "weight_grad_plan_for", "toeplitz_weight_grad", right_weight_grad),
+        (toeplitz_selftest.self_test_channels_last, "plan_for", "toeplitz_conv_forward", right_conv),
     ],
 )
 def test_a_device_with_wrong_results_is_found_out(monkeypatch, self_test, planner: str, name: str, right) -> None:
@@ -257,7 +258,7 @@ def test_a_device_with_wrong_results_is_found_out(monkeypatch, self_test, planne
         assert bool(told) == bool(problem)
         assert self_test(cpu) == told  # and no second warning
         if right is right_weight_grad:
-            assert toeplitz_selftest.weight_grad_is_wrong(cpu) == bool(problem)
+            assert toeplitz_selftest.is_left_out(cpu, False, gradient=True) == bool(problem)
     self_test.cache_clear()
 
 

@@ -4,6 +4,7 @@ what passes."""
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -12,17 +13,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sw_transplant.cuda.answers import Remembered
-from sw_transplant.ops import toeplitz_selftest
+from sw_transplant.ops import toeplitz, toeplitz_formats, toeplitz_selftest
 from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference, toeplitz_weight_grad_reference
 
 CPU = torch.device("cpu")
-TESTS = [toeplitz_selftest.self_test, toeplitz_selftest.weight_grad_self_test]
+TESTS = list(toeplitz_selftest.SELF_TESTS.values())
 
 
 def exact_conv(x, weights, bias, residual, origins, out) -> None:
     """In place of the kernel: exact, and rounded once. The plan is what `plan_for` below made of the call."""
     assert {t.dtype for t in (x, out, *weights)} == {torch.float32}
     assert not x.is_inference()
+    assert out.stride() == x.stride()
     out.copy_(toeplitz_conv_reference(x.double(), [weight.double() for weight in weights], origins))
 
 
@@ -73,7 +75,7 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager]] = {
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("test", TESTS, ids=["forward", "weight gradient"])
+@pytest.mark.parametrize("test", TESTS, ids=["conv", "conv, NHWC", "gradient", "gradient, NHWC"])
 def test_a_right_kernel_is_right_in_every_context(test: Callable[[torch.device], str], context: str) -> None:
     with CONTEXTS[context]():
         assert test(CPU) == ""
@@ -122,10 +124,10 @@ def test_while_a_graph_is_captured_nothing_is_tried_and_nothing_remembered(monke
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(toeplitz_selftest.launch, "is_available", lambda _: True)
-    monkeypatch.setattr(toeplitz_selftest, "_trial", lambda: 1 / 0)
+    monkeypatch.setattr(toeplitz_selftest, "_trial", lambda layout: 1 / 0)
     toeplitz_selftest._why_no_kernel.cache_clear()
     assert "before" in toeplitz_selftest.why_no_kernel(0)
-    assert toeplitz_selftest.weight_grad_is_wrong(torch.device("cuda", 0))
+    assert toeplitz_selftest.is_left_out(torch.device("cuda", 0), False, gradient=True)
     capturing[0] = False
     with pytest.warns(RuntimeWarning, match="ZeroDivisionError"):
         assert "ZeroDivisionError" in toeplitz_selftest.why_no_kernel(0)
@@ -141,3 +143,71 @@ def test_what_fails_for_want_of_memory_is_tried_again(monkeypatch: pytest.Monkey
         with pytest.warns(RuntimeWarning, match=r"out of memory.*tried again"):
             assert "out of memory" in toeplitz_selftest.self_test(CPU)
     assert toeplitz_selftest.self_test(CPU) == ""
+
+
+@pytest.fixture
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device number 0 that plans are chosen for, and whose kernels are tried on the CPU."""
+    from sw_transplant.cuda.toeplitz import launcher
+    from tests.cuda.toeplitz_cases import DEVICES
+
+    monkeypatch.setattr(launcher, "device_of", lambda index: DEVICES[9, 0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(toeplitz_selftest.launch, "is_available", lambda _: True)
+    here = {key: lambda _, test=test: test(CPU) for key, test in toeplitz_selftest.SELF_TESTS.items()}
+    monkeypatch.setattr(toeplitz_selftest, "SELF_TESTS", here)
+
+
+WRONG = {  # the kernels that are wrong: (gradient, channels_last)
+    "nothing": set(),
+    "the conv, channels_last": {(False, True)},
+    "the gradient, channels_last": {(True, True)},
+    "the conv": {(False, False), (False, True)},
+    "the gradient, contiguous only": {(True, False)},
+}
+
+
+@pytest.mark.usefixtures("_gpu")
+@pytest.mark.parametrize("name", WRONG)
+def test_each_memory_format_falls_back_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """channels_last maps go through contiguous copies where only their kernel is wrong, and stay where both are."""
+    wrong, place = WRONG[name], torch.device("cuda", 0)
+
+    def conv(x, weights, bias, residual, origins, out) -> None:
+        exact_conv(x, weights, bias, residual, origins, out)
+        out.mul_(1 + 0.01 * ((False, not x.is_contiguous()) in wrong))
+
+    def weight_grad(x, grad, sizes_and_origins):
+        factor = 1 + 0.01 * ((True, not x.is_contiguous()) in wrong)
+        return [factor * each for each in exact_weight_grad(x, grad, sizes_and_origins)]
+
+    monkeypatch.setattr("sw_transplant.cuda.toeplitz.toeplitz_conv_forward", conv)
+    monkeypatch.setattr("sw_transplant.cuda.toeplitz.toeplitz_weight_grad", weight_grad)
+    geometry = torch.float32, 0, 24, (56, 56), (13, 5, 5, 13), (6, 2, 2, 6)
+    for gradient in (False, True):
+        contiguous, both = (gradient, False) in wrong, {(gradient, False), (gradient, True)}
+        with pytest.warns(RuntimeWarning, match="is wrong") if wrong & both else nullcontext():
+            left_out = [toeplitz_selftest.is_left_out(place, layout, gradient) for layout in (False, True)]
+        assert left_out == [contiguous, bool(wrong & both)]
+        copied = not toeplitz_formats.takes_channels_last(*geometry, gradient)
+        assert copied == ((gradient, True) in wrong and not contiguous)
+
+
+def test_where_there_are_no_kernels_maps_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toeplitz_selftest.launch, "is_available", lambda _: False)
+    monkeypatch.setattr(toeplitz_selftest, "_trial", lambda layout: 1 / 0)
+    assert toeplitz_formats.takes_channels_last(torch.float32, 0, 24, (56, 56), (13, 13), (6, 6))
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_operators_called_by_themselves_leave_out_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.ops` with a map whose kernel is wrong: PyTorch's convolutions, and no copy."""
+    answers = {key: lambda _, key=key: "wrong" * key[1] for key in toeplitz_selftest.SELF_TESTS}
+    monkeypatch.setattr(toeplitz_selftest, "SELF_TESTS", answers)
+    monkeypatch.setattr("sw_transplant.cuda.toeplitz.plan_for", lambda *_: "conv")
+    monkeypatch.setattr("sw_transplant.cuda.toeplitz.weight_grad_plan_for", lambda *_: "gradient")
+    x = types.SimpleNamespace(device=torch.device("cuda", 0), is_contiguous=lambda: contiguous)
+    for contiguous in (True, False):
+        assert toeplitz._plan(x, [], []) == ("conv" if contiguous else None)
+        assert toeplitz._weight_grad_plan(x, x, [], []) == ("gradient" if contiguous else None)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import sw_transplant as sw
+from sw_transplant.cuda.answers import Passing, Remembered
+from sw_transplant.forms.dispatch import Decision, choose_form
+from sw_transplant.layers import plan as plans
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from tests.sampling import sample
 
@@ -191,3 +194,28 @@ def test_the_paper_s_module() -> None:
     assert "frozen" in repr(module)
     sw.unfreeze(module)
     assert torch.equal(module(x), expected)
+
+
+@torch.no_grad()
+def test_what_was_decided_for_want_of_memory_is_not_kept(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, short = network()[2], [True]
+
+    @Remembered
+    def why_not(_: object) -> str:
+        if short[0]:
+            raise Passing("has no memory left")
+        return ""
+
+    def choose(requested: str, *arguments: object, **options: object) -> Decision:
+        return Decision("assembled", why_not(0)) if why_not(0) else choose_form("gemm", *arguments, **options)
+
+    monkeypatch.setattr(plans, "choose_form", choose)
+    before = sw.freeze(layer, x[:, :, :12, :12])(x[:, :, :12, :12])
+    assert layer.decision == Decision("assembled", "has no memory left")
+    assert not len(layer._frozen)
+    assert not [name for name, _ in layer.named_buffers() if name.startswith("frozen_")]
+    short[0] = False
+    for _ in range(2):
+        assert torch.allclose(layer(x[:, :, :12, :12]), before, atol=1e-6)
+        assert layer.decision == Decision("gemm", "asked for")
+        assert len(layer._frozen) == 1
