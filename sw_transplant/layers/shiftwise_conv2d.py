@@ -94,6 +94,7 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, in_channels
         self.stride: Size = (stride[0], stride[1])
         self._planner = Planner()
+        self._show_slots()
         self.form = form
         self.nonfinite = "anywhere"
         self.guarantee = ()
