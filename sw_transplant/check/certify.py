@@ -36,7 +36,7 @@ def certify(
             ``sw-transplant check`` looks for it; or a file.
         images: as ``data`` of :func:`verify`; None for noise.
         config: of the conversion, to stand in the certificate.
-        options: further ones of :func:`verify`: ``batch_size`` (4), ``device``, ``dtype``, ``input_size``, ``seed``, ...
+        options: further ones of :func:`verify`: ``batch_size`` (4), ``device``, ``dtype``, ``seed``, ...
 
     Returns:
         The certificate as it stands in the file. It is written also where the models differ: ``ok`` is then False.
