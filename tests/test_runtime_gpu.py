@@ -393,7 +393,8 @@ def test_tuning(train: bool) -> None:
         report = tune(model, x, rounds=3)
     assert len(report.layers) == len(layers_of(model)) == 3
     for tuned, module in zip(report.layers, layers_of(model), strict=True):
-        assert module.form == tuned.form == min(tuned.milliseconds, key=tuned.milliseconds.__getitem__)
+        assert module.form == tuned.form in ("auto", *tuned.milliseconds)
+        assert tuned.form != tuned.default
         assert {"assembled", "shift"} <= tuned.milliseconds.keys()
         assert all(milliseconds > 0 for milliseconds in tuned.milliseconds.values())
     for tensor, old in zip(model.buffers(), before.buffers(), strict=True):

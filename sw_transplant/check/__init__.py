@@ -10,5 +10,12 @@ Read in this order:
     rounding       what each converted layer rounds, beside the bound that is proven for it
     certificate    all of it in a file
     verify         runs both models and compares
+    certify        the same for a file, in one call
     recheck        the file checked again
 """
+
+from sw_transplant.check.certificate import Certificate
+from sw_transplant.check.certify import certify
+from sw_transplant.check.recheck import CheckReport, check_folder
+
+__all__ = ["Certificate", "CheckReport", "certify", "check_folder"]

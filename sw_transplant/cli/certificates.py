@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from sw_transplant.check.certificate import CERTIFICATE_NAME
+from sw_transplant.check.certify import IMAGES
 from sw_transplant.check.recheck import check_folder
 from sw_transplant.check.report import VerifyReport
 from sw_transplant.check.verify import verify
@@ -15,9 +16,6 @@ from sw_transplant.cli.load_model import InputError, load_model
 from sw_transplant.cli.messages import input_errors, note
 from sw_transplant.cli.results import Result
 from sw_transplant.config import SWConfig
-
-IMAGES = 4
-"""Images in each of the two batches of noise that a certificate of convert rests on."""
 
 
 def run_check(arguments: argparse.Namespace) -> Result:

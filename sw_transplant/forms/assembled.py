@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from sw_transplant.equivalence import gather_kernel, regather_kernel
 from sw_transplant.forms.placed import Biases, Call, DenseKernel, Outputs, Placed
 from sw_transplant.geometry import Extent, enclose
-from sw_transplant.ops.depthwise import DepthwiseConv2d
+from sw_transplant.ops.depthwise import DepthwiseConv2d, Step
 from sw_transplant.ops.tracing import is_observed
 
 
@@ -174,7 +174,7 @@ def run(x: Tensor, entry: Convolutions, bias: Tensor | None, call: Call) -> Tens
     return y.add_(x) if entry.residual else y
 
 
-def shorten(like: Tensor, entry: Convolutions, bias: Tensor | None, call: Call) -> Callable[[Tensor], Tensor] | None:
+def shorten(like: Tensor, entry: Convolutions, bias: Tensor | None, call: Call) -> Step | None:
     """What :func:`run` does with maps just like this one, decided ahead; None where there is nothing to decide."""
     if entry.residual or not entry.layers or like.dtype is not call.dtype or like.shape[2:] != call.in_size:
         return None
@@ -183,9 +183,9 @@ def shorten(like: Tensor, entry: Convolutions, bias: Tensor | None, call: Call) 
         return first
 
     def total(x: Tensor) -> Tensor:
-        y = first(x)
+        y = first.run(x)
         for step in others:
-            y += step(x)
+            y += step.run(x)
         return y
 
-    return total
+    return Step(total, False)

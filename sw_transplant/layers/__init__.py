@@ -12,6 +12,7 @@ Read in this order:
     watch               whether a layer is still what it was
     recompute           less memory in training
     plan                what a call does
+    shortcut            the shortest way for the next call that is just like it
     planner             who gives a layer its plans, and how long these are kept
     frozen              plans that compiled and captured calls take as they are
     computed            a weight that is computed, and refuses to be written to

@@ -18,6 +18,8 @@ from sw_transplant.layers.parameters import drop_hooks, take_over
 from sw_transplant.layers.placed_tiles import PlacedTiles
 from sw_transplant.ops.tracing import is_observed
 
+COMPUTED = ("weight", "bias")
+"""What a convolution has as parameters, and a layer computes."""
 _FIXED = frozenset(
     {"kernel_size", "dilation", "padding", "padding_mode", "groups", "in_channels", "out_channels", "transposed"}
 )
@@ -241,7 +243,7 @@ class AsConv2d:
                     f"{type(self).__name__}.{name}: cannot be set to {value!r}, it follows from how the tiles are "
                     "placed; set it before converting, or on what merge(model) gives"
                 )
-        elif name in ("weight", "bias"):  # properties, which nn.Module would not look for
+        elif name in COMPUTED:  # properties, which nn.Module would not look for
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -251,12 +253,30 @@ class AsConv2d:
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module, but for what pruning and norms would put in the place of a weight that is not there."""
         if name.startswith(("weight", "bias")):
-            raise RuntimeError(
-                f"{type(self).__name__}: got a parameter {name!r}, expected none beside the banks of its branches, "
-                "from which its weight is computed; prune or normalise these (layer.branches[0], 'bank'), set the "
-                "weight by layer.set_weight(tensor), or merge(model) first"
-            )
+            self._show_slots()  # which a norm has removed by now
+            raise self._refusal_of_parameters(f"got a parameter {name!r}")
         super().register_parameter(name, param)  # type: ignore[misc]
+
+    def __delattr__(self, name: str) -> None:
+        if name in COMPUTED:  # by parametrizations, which would put another one in its place
+            raise self._refusal_of_parameters(f"{name!r} is to be taken away or parametrized")
+        super().__delattr__(name)
+
+    def _show_slots(self) -> None:
+        """Empty slots, as an nn.Conv2d has for a bias that it does without: what norms and parametrizations look for.
+
+        They then go on to where the layer can refuse them; without the slots they end in a KeyError.
+        """
+        self._parameters: dict[str, nn.Parameter | None]
+        for name in COMPUTED:
+            self._parameters.setdefault(name, None)
+
+    def _refusal_of_parameters(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self).__name__}: {what}, expected no parameter beside the banks of its branches, from which its "
+            "weight is computed; prune, normalise or parametrize these (layer.branches[0], 'bank'), set the weight by "
+            "layer.set_weight(tensor), or merge(model) first and change the plain convolution"
+        )
 
     def _whole_bias(self) -> Tensor | None:
         return total([branch.folded_bias() for branch in self.parts()], self._like.dtype)

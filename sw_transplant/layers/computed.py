@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,13 @@ class ComputedTensor(Tensor):
                 if _version(tensor) != version:
                     raise tensor._refusal(name)
             return _guard_views(result, given)
+
+    def set_(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        """Refused here, as PyTorch does not ask ``__torch_function__`` about it. Parametrizations begin with it."""
+        raise RuntimeError(
+            f"{self._source.name}: it is computed for who reads it, and can be neither set_ nor parametrized; "
+            f"parametrize what it is computed from, (layer.branches[0], 'bank'), or {self._source.remedy}"
+        )
 
     def _refusal(self, what: str) -> RuntimeError:
         return RuntimeError(

@@ -6,7 +6,7 @@ with, and what is added. Making one takes longer than a small convolution; hence
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -27,7 +27,7 @@ from sw_transplant.geometry import Extent, Padding, Size
 from sw_transplant.layers.folding import total
 from sw_transplant.layers.placed_tiles import PlacedTiles
 from sw_transplant.layers.recompute import Recompute, computed_twice, normalise
-from sw_transplant.ops.depthwise import is_channels_last, layout_of
+from sw_transplant.ops.depthwise import Step, is_channels_last, layout_of
 
 
 class Layer(Protocol):
@@ -35,6 +35,7 @@ class Layer(Protocol):
 
     stride: Size
     recompute: Recompute
+    takes_shortcuts: bool
 
     @property
     def form(self) -> str: ...
@@ -94,25 +95,20 @@ class Plan:
             y = y + (uncast if branch.bn is None else branch.bn(uncast))
         return y.contiguous(memory_format=layout)
 
-    def shortened(self, like: Tensor) -> Callable[[Tensor], Tensor]:
+    def shortened(self, like: Tensor) -> Step | None:
         """What does the same, bit for bit, with maps of this size, these strides and this dtype, with little Python.
 
-        Between two small convolutions on a CPU, the Python of a call costs as much as they do.
+        Between two small convolutions on a CPU, the Python of a call costs as much as they do. None where it is known
+        only with the call.
         """
         if self.decision.form != "assembled" or self.norms or self.casts or like.device.type != "cpu":
-            return self
+            return None
         given = like.contiguous(memory_format=torch.channels_last) if self.turns else like
-        run = shorten(given, self.prepared[0], self.biases[0], self.call)
-        if run is None:
-            return self
-        layout, turns = layout_of(given), given is not like
-
-        def shortest(x: Tensor) -> Tensor:
-            if turns:
-                x = x.contiguous(memory_format=torch.channels_last)
-            return run(x).contiguous(memory_format=layout)
-
-        return shortest
+        step = shorten(given, self.prepared[0], self.biases[0], self.call)
+        if step is None or given is like:
+            return step
+        run, turned = step.run, torch.channels_last
+        return Step(lambda x: run(x.contiguous(memory_format=turned)), step.dispatched)
 
     def _normalised(self, k: int, norm: nn.Module, responses: Tensor, x: Tensor) -> Tensor:
         if not self.twice[k] or not torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -12,8 +12,9 @@ from torch import Tensor
 from sw_transplant.cuda.answers import Passing
 from sw_transplant.forms.dispatch import FEW_IMAGES, Decision, cast_of, conditions, matmul_is_coarser
 from sw_transplant.layers.plan import Layer, Outline, Plan, fill, make_plan, outline
+from sw_transplant.layers.shortcut import Shortcut, shortcut
 from sw_transplant.layers.watch import Watch
-from sw_transplant.ops.depthwise import runs_as_it_is
+from sw_transplant.ops.depthwise import Step, runs_as_it_is
 from sw_transplant.ops.tracing import is_transformed
 
 
@@ -22,10 +23,12 @@ class Planner:
 
     Attributes:
         decision: of the last call that was not compiled, captured or transformed; None before it.
+        shortcut: what serves calls that are just like the last one, of layers that take it; None for none.
     """
 
     def __init__(self) -> None:
         self.decision: Decision | None = None
+        self.shortcut: Shortcut | None = None
         self._kept: Kept | None = None
         self._outline: tuple[tuple[Any, ...], Outline, Watch] | None = None
 
@@ -45,7 +48,7 @@ class Planner:
 
     def forget(self) -> None:
         """Drops the plan that is kept, and the outline."""
-        self._kept = self._outline = None
+        self._kept = self._outline = self.shortcut = None
 
     @staticmethod
     def _anew(layer: Layer, x: Tensor) -> Plan:
@@ -61,8 +64,8 @@ class Planner:
         """Eager: the plan that is kept, where nothing that went into it has changed."""
         kept, key = self._kept, (layer.stride, *_key(x))
         if kept is not None and kept.key == key and kept.unchanged():
-            return kept.serve(x)
-        self._kept, said = None, Passing.said
+            return self._served(layer, kept, x)
+        self._kept, self.shortcut, said = None, None, Passing.said
         plan = self._from_outline(layer, x, key)
         self.decision = plan.decision
         if not plan.norms and not plan.trained and Passing.said == said:
@@ -71,6 +74,14 @@ class Planner:
                 if not (torch.is_grad_enabled() and watch.wants_gradients()):
                     self._kept = Kept(key, plan, watch)
         return plan
+
+    def _served(self, layer: Layer, kept: Kept, x: Tensor) -> Callable[[Tensor], Tensor]:
+        step = kept.step(x)
+        if step is None:
+            return kept.plan
+        if layer.takes_shortcuts and kept.watch is not None:
+            self.shortcut = shortcut(layer, x, step, kept.watch)  # type: ignore[arg-type]
+        return step.run
 
     def _from_outline(self, layer: Layer, x: Tensor, key: tuple[Any, ...]) -> Plan:
         """A plan from the parameters as they are, by the outline of the call before if the layer has the same parts."""
@@ -95,21 +106,26 @@ class Kept:
 
     def __init__(self, key: tuple[Any, ...], plan: Plan, watch: Watch | None) -> None:
         """watch: on the layer; None where nobody counts its changes."""
-        self.key, self.plan, self._watch = key, plan, watch
-        self._short: tuple[torch.Size, torch.dtype, Callable[[Tensor], Tensor]] | None = None
+        self.key, self.plan, self.watch = key, plan, watch
+        self._step: tuple[torch.Size, torch.dtype, Step | None] | None = None
 
     def unchanged(self) -> bool:
         """Whether the layer is still what the plan was made of."""
-        return self._watch is None or self._watch.unchanged()
+        return self.watch is None or self.watch.unchanged()
 
     def serve(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """The plan; for maps just like those of the call before, the shortest way through it."""
+        step = self.step(x)
+        return self.plan if step is None else step.run
+
+    def step(self, x: Tensor) -> Step | None:
+        """The shortest way through the plan; None for a call that has to take the plan itself."""
         if type(x) is not Tensor or not runs_as_it_is(x):
-            return self.plan
-        short = self._short
-        if short is None or short[0] != x.shape or short[1] is not x.dtype:
-            self._short = short = (x.shape, x.dtype, self.plan.shortened(x))
-        return short[2]
+            return None
+        known = self._step
+        if known is None or known[0] != x.shape or known[1] is not x.dtype:
+            self._step = known = (x.shape, x.dtype, self.plan.shortened(x))
+        return known[2]
 
 
 def _key(x: Tensor) -> tuple[Any, ...]:

@@ -60,6 +60,8 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
     gradients are the same, bit for bit. Compiled code and form "shift" keep everything."""
 
     _frozen: Frozen | None = None
+    takes_shortcuts = True
+    """Whether what the planner gives is the whole forward pass."""
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, in_channels
         self.stride: Size = (stride[0], stride[1])
         self._planner = Planner()
+        self._show_slots()
         self.form = form
         self.nonfinite = "anywhere"
         self.guarantee = ()
@@ -148,6 +151,10 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
         return self._planner.decision
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.takes_shortcuts and not torch.compiler.is_dynamo_compiling():
+            shortcut = self._planner.shortcut
+            if shortcut is not None and (y := shortcut(x)) is not None:
+                return y
         if isinstance(x, torch.fx.Proxy):  # to every FX tracer this module is a leaf, as nn.Conv2d is
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
         if torch.jit.is_tracing():  # type: ignore[attr-defined]

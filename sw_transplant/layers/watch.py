@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
-class _Steps:
+class Steps:
     """``last`` is another object after each step of any optimizer: fused ones write without counting."""
 
     last = object()
 
 
 def _note_step(*_: object) -> None:
-    _Steps.last = object()
+    Steps.last = object()
 
 
 register_optimizer_step_post_hook(_note_step)
@@ -53,7 +53,7 @@ class Watch:
         self._versions = list(map(_version, self._tensors))
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._wanting = list(map(_requires_grad, self._tensors))
-        self._step = _Steps.last
+        self.step = Steps.last
         # These keep the storages alive: an address cannot come to mean another tensor.
         self._aliases = [tensor.detach() for tensor in self._tensors]
 
@@ -71,7 +71,7 @@ class Watch:
         """Whether nothing has changed, and no gradient is wanted now: the same tensors give the same results."""
         return (
             all(map(is_, map(dict.get, self._holders, self._names), self._held))  # type: ignore[arg-type]
-            and _Steps.last is self._step
+            and Steps.last is self.step
             and list(map(_version, self._tensors)) == self._versions
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
             and list(map(_training, self._modules)) == self._modes

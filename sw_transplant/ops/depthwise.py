@@ -8,6 +8,7 @@ One never ends (docs/troubleshooting.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,21 @@ from sw_transplant.ops.whole_map import Size, diagonal_sums
 WIDEST = 14  # taps along a row that oneDNN's kernels for contiguous maps take
 NATIVE = (torch.float32, torch.bfloat16)  # what oneDNN has kernels for
 HANGING_CHANNELS = 16  # up to which wide kernels in bfloat16 and channels_last may never return
-SMALL_MAP, SMALL_WORK = 64_000, 5_500_000  # numbers of a batch and multiplications, for which packed weights win
+SMALL_MAP, SMALL_WORK = 20_000, 1_500_000  # numbers of a batch and multiplications, for which packed weights win
 ENOUGH_POSITIONS = 256  # of all maps of a batch: below that, the overhead of several products outweighs their speed
+
+
+class Step(NamedTuple):
+    """What a convolution does with maps that are just like one it was shown, with nothing left to decide.
+
+    Attributes:
+        run: a map to the output, laid out as the map is.
+        dispatched: it is PyTorch's convolution, which modes of dispatch, transforms and tangents go through, and for
+            which a map of another dtype or device is an error, as for nn.Conv2d.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    dispatched: bool
 
 
 class DepthwiseConv2d:
@@ -28,8 +42,8 @@ class DepthwiseConv2d:
 
     On a CPU, what runs more than once without gradients gets its weights packed as oneDNN wants them: PyTorch packs
     them in every call, which takes longer than a small convolution itself (channels_last 40 x 40 x 40, 7 x 7: 0.14 and
-    0.09 ms). For small maps that pays for turning them to channels_last, too (contiguous 64 x 20 x 20: 0.25 and 0.11
-    ms). The same call gives the same bits, packed or not yet.
+    0.09 ms). For small maps that pays for turning them to channels_last, too (contiguous 192 x 7 x 7: 0.071 and 0.055
+    ms; 192 x 14 x 14: 0.109 and 0.118). The same call gives the same bits, packed or not yet.
 
     Args:
         weight: (C_out, 1, kh, kw), C_out a multiple of C.
@@ -40,10 +54,12 @@ class DepthwiseConv2d:
     def __init__(
         self, weight: Tensor, stride: Size, padding: Size, dilation: Size, margins: Sequence[int] | None = None
     ) -> None:
-        self.weight, self.stride, self.padding, self.dilation, self.margins = weight, stride, padding, dilation, margins
+        self.stride, self.padding, self.dilation, self.margins = stride, padding, dilation, margins
         native = weight.device.type == "cpu" and weight.dtype in NATIVE and not may_hang(weight)
         self._too_wide = native and weight.shape[3] > WIDEST
         self._packs = native and not weight.requires_grad
+        # Of the middle of a kernel, PyTorch would make a copy in every call.
+        self.weight = weight.contiguous() if self._packs else weight
         self._most = min(SMALL_MAP, SMALL_WORK // (weight.shape[2] * weight.shape[3]))
         self._runs = 0
         self._packed: Tensor | None = None
@@ -57,32 +73,35 @@ class DepthwiseConv2d:
                 x = x.contiguous(memory_format=torch.channels_last)
                 self._runs += 1
                 if self._runs > 1 and x.dtype is self.weight.dtype:
-                    return self._packed_step(x, bias)(x)
+                    return torch.ops.mkldnn._convolution_pointwise.default(x, *self._rest(x, bias))  # type: ignore[no-any-return]
         elif self._too_wide:
             x = x.contiguous(memory_format=torch.channels_last)
         return depthwise_conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation)
 
-    def step(self, x: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def step(self, x: Tensor, bias: Tensor | None) -> Step:
         """What a call does with maps that are just like this one, where `runs_as_it_is`, without asking again."""
+        layout = layout_of(x)
         if self.margins is not None or not self._packs or x.dtype is not self.weight.dtype:
-            return lambda x: self(x, bias)
+            return Step(lambda x: self(x, bias).contiguous(memory_format=layout), False)
         if self._turns(x):
-            run, layout = self._packed_step(x, bias), torch.channels_last
-            return lambda x: run(x.contiguous(memory_format=layout))
-        stride, padding, dilation, groups = self.stride, self.padding, self.dilation, x.shape[1]
-        return lambda x: F.conv2d(x, self.weight, bias, stride, padding, dilation, groups)
+            run, turned = torch.ops.mkldnn._convolution_pointwise.default, torch.channels_last
+            rest = self._rest(x, bias)
+            return Step(
+                lambda x: run(x.contiguous(memory_format=turned), *rest).contiguous(memory_format=layout), False
+            )
+        conv2d, others = F.conv2d, (self.weight, bias, self.stride, self.padding, self.dilation, x.shape[1])
+        return Step(lambda x: conv2d(x, *others), True)  # whose output is laid out as the map is
 
     def _turns(self, x: Tensor) -> bool:
         """Whether a call that packs takes the map in channels_last."""
         return self._too_wide or x.numel() <= self._most or is_channels_last(x)
 
-    def _packed_step(self, x: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """PyTorch's convolution with packed weights, for maps in channels_last of as many channels as x."""
+    def _rest(self, x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        """What PyTorch's convolution with packed weights takes after a map in channels_last, with the channels of x."""
         geometry = self.padding, self.stride, self.dilation, x.shape[1]
         if self._packed is None:
             self._packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, x.shape)
-        packed, run = self._packed, torch.ops.mkldnn._convolution_pointwise.default
-        return lambda x: run(x, packed, bias, *geometry, "none", [], "")
+        return (self._packed, bias, *geometry, "none", [], "")
 
 
 def depthwise_conv2d(

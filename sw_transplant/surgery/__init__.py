@@ -10,6 +10,7 @@ Read in this order:
     approximate   mode "shiftwise": the paper's module, as close to a layer as its bank allows
     calibration   the same by calibration on images
     distill       training towards the original, without labels
+    race          which of several is the fastest, and whether that is certain
     tuning        the form of every layer, by hand or by measuring
     freezing      inference without work on weights, compiled and captured calls included
     warming       every kernel compiled ahead of the calls that need it

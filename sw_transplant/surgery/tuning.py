@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from statistics import median
+from time import perf_counter as clock
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from sw_transplant.find.select import Select, selector
 from sw_transplant.forms import FORMS
 from sw_transplant.forms.dispatch import check_form
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.surgery.race import Race
 from sw_transplant.tables import render_table
 
 
@@ -29,13 +29,20 @@ class TunedLayer:
         path: of the layer.
         shape: of the map that it got, ``(B, C, H, W)``.
         milliseconds: of one call, by form, median; a form that cannot run on this map is not there.
-        form: the fastest, which the layer now has.
+        form: what the layer now has: the fastest form, or ``"auto"`` where that takes it anyway, or where none is
+            certainly faster than what it takes.
+        default: what ``"auto"`` takes on this map.
+        certain: whether the times say for certain which form is the fastest.
+        rounds: how often the forms were timed side by side.
     """
 
     path: str
     shape: tuple[int, ...]
     milliseconds: dict[str, float]
     form: str
+    default: str = ""
+    certain: bool = True
+    rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,13 @@ class TuneReport:
                 layer.path or "(the model)",
                 "x".join(map(str, layer.shape)),
                 *(f"{layer.milliseconds[form]:.3g}" if form in layer.milliseconds else "" for form in FORMS),
-                layer.form,
+                layer.form if layer.form != "auto" else f"auto ({layer.default})",
+                str(layer.rounds),
+                "certain" if layer.certain else "not certain, default kept",
             ]
             for layer in self.layers
         ]
-        return render_table("Milliseconds of a call", ["layer", "map", *FORMS, "chosen"], rows)
+        return render_table("Milliseconds of a call", ["layer", "map", *FORMS, "chosen", "rounds", ""], rows)
 
 
 def set_form(
@@ -86,7 +95,11 @@ def set_form(
 
 
 def tune(model: nn.Module, *args: Any, select: Select = None, rounds: int = 7, **kwargs: Any) -> TuneReport:
-    """Measures every form of every Shiftwise layer on the maps of one call, and sets the fastest.
+    """Measures every form of every Shiftwise layer on the maps of one call, and sets the fastest where that is certain.
+
+    Forms are timed side by side, again and again, until one is faster than what ``"auto"`` takes in so many rounds that
+    chance is no explanation (:mod:`race`). What is not certain after ``race.MOST`` rounds, as on a busy machine,
+    stays ``"auto"``; the report says so.
 
     The call decides what is measured: device, dtype, autocast, memory format, batch and map are those that the layers
     get from ``model(*args, **kwargs)``; in train mode, with gradients, forward and backward are timed together. Layers
@@ -97,10 +110,10 @@ def tune(model: nn.Module, *args: Any, select: Select = None, rounds: int = 7, *
         model: a converted model.
         args, kwargs: of a call of the model.
         select: which layers, as in :func:`set_form`; None for all.
-        rounds: how often each form is timed; they take turns.
+        rounds: how often each form is timed at least; they take turns.
 
     Raises:
-        ValueError: there is no such layer, or the call does not reach one.
+        ValueError: there is no such layer, the call does not reach one, or ``rounds`` is less than 1.
 
     In case of an error every layer keeps its form.
     """
@@ -109,7 +122,7 @@ def tune(model: nn.Module, *args: Any, select: Select = None, rounds: int = 7, *
     missing = sorted(layers.keys() - maps.keys())
     if missing:
         raise ValueError(f"tune: the call of the model did not reach {missing}; give inputs that do, or select= others")
-    known: dict[Any, dict[str, float]] = {}
+    known: dict[Any, Race] = {}
     tuned = []
     for path, layer in layers.items():
         x = maps[path]
@@ -117,8 +130,9 @@ def tune(model: nn.Module, *args: Any, select: Select = None, rounds: int = 7, *
         alike = (str(layer).replace(repr(layer.form), ""), x.shape, x.stride(), x.dtype, x.device, trains)
         if alike not in known:
             known[alike] = _measure(layer, x, trains, rounds)
-        times = known[alike]
-        tuned.append(TunedLayer(path, tuple(x.shape), times, min(times, key=times.__getitem__)))
+        race = known[alike]
+        form = "auto" if race.winner == race.default else race.winner
+        tuned.append(TunedLayer(path, tuple(x.shape), race.milliseconds, form, race.default, race.certain, race.rounds))
     for result in tuned:
         layers[result.path].form = result.form
     return TuneReport(tuned)
@@ -156,28 +170,34 @@ def _maps_of_a_call(
     return maps
 
 
-def _measure(layer: ShiftwiseConv2d, like: Tensor, trains: bool, rounds: int) -> dict[str, float]:
-    """Milliseconds of every form that can run."""
+def _measure(layer: ShiftwiseConv2d, like: Tensor, trains: bool, rounds: int) -> Race:
+    """The times of every form that can run."""
     x = torch.randn_like(like).requires_grad_(trains)
-    copies = {}
-    for form in FORMS:
+    copies, default = {}, ""
+    for form in ("auto", *FORMS):
         candidate = copy.deepcopy(layer)
         candidate.form = form
         try:
             _call(candidate, x, trains)  # compiles, fills caches
         except (torch.OutOfMemoryError, MemoryError):
             continue
-        if candidate.decision is not None and candidate.decision.form == form:
+        ran = "" if candidate.decision is None else candidate.decision.form
+        if form == "auto":
+            default = ran
+        elif ran == form:
             copies[form] = candidate
-    times: dict[str, list[float]] = {form: [] for form in copies}
-    for _ in range(rounds):
-        for form, candidate in copies.items():
-            _wait(x)
-            begin = time.perf_counter()
-            _call(candidate, x, trains)
-            _wait(x)
-            times[form].append(1e3 * (time.perf_counter() - begin))
-    return {form: median(values) for form, values in times.items()}
+    race = Race(list(copies), default if default in copies else next(iter(copies)), rounds)
+    while order := race.order():
+        race.add({form: _milliseconds(copies[form], x, trains) for form in order})
+    return race
+
+
+def _milliseconds(layer: ShiftwiseConv2d, x: Tensor, trains: bool) -> float:
+    _wait(x)
+    begin = clock()
+    _call(layer, x, trains)
+    _wait(x)
+    return 1e3 * (clock() - begin)
 
 
 def _call(layer: ShiftwiseConv2d, x: Tensor, trains: bool) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sw_transplant as sw
+from sw_transplant.check import certify
 from sw_transplant.check.certificate import (
     CERTIFICATE_NAME,
     Certificate,
@@ -19,6 +20,7 @@ from sw_transplant.check.certificate import (
 )
 from sw_transplant.check.recheck import check_folder
 from sw_transplant.check.rounding import measure_layers
+from sw_transplant.cli import main
 from sw_transplant.forms import FORMS
 from tests.small_models import Parallel, conv_bn
 
@@ -206,3 +208,43 @@ def test_check_looks_at_no_file_outside(certified: tuple[nn.Module, Path]) -> No
     values = _sealed({**certificate.values, "files": {"../secret": hash_file(folder.parent / "secret")}})
     (folder / CERTIFICATE_NAME).write_text(json.dumps(values))
     assert failed(check_folder(folder)) == ["../secret"]
+
+
+# ---- in one call
+
+
+def test_certify_for_the_command_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    original, folder = network(), tmp_path / "converted"
+    config = sw.SWConfig(tile=3)
+    converted = sw.convert(original, config)
+    sw.save(converted, folder)
+    certificate = certify(original, converted, folder, input_size=12, config=config)
+    assert certificate.ok
+    assert certificate.values["config"] == config.to_dict()
+    assert certificate.values["inputs"]["shape"] == [4, 3, 12, 12]
+    assert Certificate.read(folder / CERTIFICATE_NAME) == certificate
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    words = ["check", str(folder), "--model", "tests.check.test_certificate:network"]
+    assert main(words) == 0
+    assert "the comparison, again" in capsys.readouterr().out
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "model.safetensors")
+    assert main(words) == 1
+    assert "changed since it was certified" in capsys.readouterr().out
+
+
+def test_certify_of_a_model_that_was_converted_in_place(tmp_path: Path) -> None:
+    model = sw.convert(network(), inplace=True)
+    with pytest.raises(ValueError, match=r"the original has Shiftwise layers, .*restore\(copy\.deepcopy\(model\)\)"):
+        certify(model, model, tmp_path / "c.json")
+    original = sw.restore(copy.deepcopy(model))
+    with pytest.raises(ValueError, match="the converted model has no Shiftwise layer"):
+        certify(original, original, tmp_path / "c.json")
+    assert not (tmp_path / "c.json").exists()
+    images = torch.randn(3, 3, 12, 12)
+    certificate = certify(original, model, tmp_path / "c.json", images, batch_size=2, seed=1)
+    assert certificate.ok
+    assert certificate.values["inputs"]["images"] == 3
+    with torch.no_grad():
+        model[1].branches[0].bank.mul_(1.1)
+    assert not certify(original, model, tmp_path / "c.json", images).ok

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from sw_transplant import ShiftwiseConv2d, convert
@@ -133,16 +133,49 @@ def test_arrays_cannot_be_written_to(converted: ShiftwiseConv2d) -> None:
     np.array(converted.weight.detach())[0] = 0  # a copy
 
 
-def test_what_replaces_a_weight_says_what_to_do(converted: ShiftwiseConv2d) -> None:
-    with pytest.raises((RuntimeError, ValueError), match=r"weight_orig"):
-        prune.l1_unstructured(converted, "weight", 0.3)
-    converted.requires_grad_(False)  # then nothing else would stop it half-way
-    with pytest.raises(RuntimeError, match=r"weight_orig.*layer\.set_weight\(tensor\)"):
-        prune.l1_unstructured(converted, "weight", 0.3)
-    with pytest.raises(ValueError, match="does not have a parameter"):
-        parametrize.register_parametrization(converted, "weight", nn.Identity())
-    assert not converted._parameters
+REPLACING: dict[str, tuple[Callable[[nn.Module], object], str]] = {
+    "prune": (lambda m: prune.l1_unstructured(m, "weight", 0.3), r"weight_orig.*'bank'.*layer\.set_weight\(tensor\)"),
+    "weight_norm": (lambda m: nn.utils.weight_norm(m), r"weight_g.*layer\.branches\[0\], 'bank'.*merge\(model\)"),
+    "weight_norm of the bias": (lambda m: nn.utils.weight_norm(m, "bias"), r"bias_g.*'bank'.*merge\(model\)"),
+    "spectral_norm": (lambda m: nn.utils.spectral_norm(m), r"parameter `weight` is None"),  # PyTorch's own words
+    "parametrized": (
+        lambda m: parametrize.register_parametrization(m, "weight", nn.Identity()),
+        r"parametrize.*'bank'",
+    ),
+    "parametrized bias": (
+        lambda m: parametrize.register_parametrization(m, "bias", nn.Identity()),
+        r"'bias' is to be taken away or parametrized.*'bank'.*merge\(model\)",
+    ),
+    "parametrizations.weight_norm": (lambda m: parametrizations.weight_norm(m), r"'weight' is to be .*'bank'"),
+    "parametrizations.spectral_norm": (lambda m: parametrizations.spectral_norm(m), r"nor parametrized.*'bank'"),
+    "parametrizations.orthogonal": (lambda m: parametrizations.orthogonal(m), r"nor parametrized.*'bank'"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("what", REPLACING)
+def test_what_replaces_a_weight_says_what_to_do(converted: ShiftwiseConv2d, what: str, trained: bool) -> None:
+    replace, message = REPLACING[what]
+    converted.requires_grad_(trained)
+    x = images(1, 4)
+    expected, names = converted(x), list(converted.state_dict())
+    for _ in range(2):  # the first try leaves the layer as it was
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            replace(converted)
+    assert type(converted) is ShiftwiseConv2d
     assert not converted._forward_pre_hooks
+    assert list(converted.state_dict()) == names
+    assert [name for name, _ in converted.named_parameters()] == ["branches.0.bank", "branches.0.bias"]
+    assert torch.equal(converted(x), expected)
+
+
+def test_a_norm_of_the_bank(converted: ShiftwiseConv2d) -> None:
+    expected = converted.weight.detach().clone()
+    parametrizations.weight_norm(converted.branches[0], "bank")
+    with torch.no_grad():
+        converted.branches[0].parametrizations.bank.original0.mul_(2)
+    torch.testing.assert_close(converted.weight.detach(), 2 * expected)
 
 
 @pytest.mark.parametrize("name", ["strips", "paper"])

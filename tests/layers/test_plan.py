@@ -8,14 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from sw_transplant import ShiftwiseConv2d, convert
 from sw_transplant.cuda.answers import Passing, Remembered
 from sw_transplant.layers import plan, planner
-from sw_transplant.layers.plan import Plan
 from sw_transplant.layers.planner import Kept
 from sw_transplant.layers.sw_conv2d import SWConv2d
+from sw_transplant.ops.depthwise import Step
 from tests.small_models import Parallel, conv, conv_bn
 
 
@@ -57,16 +58,27 @@ def warm(module: ShiftwiseConv2d, x: Tensor) -> Tensor:
 
 @pytest.fixture
 def taken(monkeypatch) -> list[str]:
-    """The way of every call that the plan which is kept serves: "short" or "plan"; a call that makes one has none."""
+    """The way of every call that what is kept serves: "shortcut", "short" or "plan"; making a plan is none."""
     ways: list[str] = []
-    serve = Kept.serve
+    step, make = Kept.step, planner.shortcut
 
-    def noted(self: Kept, x: Tensor) -> Callable[[Tensor], Tensor]:
-        way = serve(self, x)
-        ways.append("plan" if isinstance(way, Plan) else "short")
+    def noted(self: Kept, x: Tensor) -> Step | None:
+        way = step(self, x)
+        ways.append("plan" if way is None else "short")
         return way
 
-    monkeypatch.setattr(Kept, "serve", noted)
+    def made(*args: object) -> Callable[[Tensor], Tensor | None] | None:
+        served = make(*args)
+
+        def noting(x: Tensor) -> Tensor | None:
+            y = served(x)
+            ways.extend([] if y is None else ["shortcut"])
+            return y
+
+        return None if served is None else noting
+
+    monkeypatch.setattr(Kept, "step", noted)
+    monkeypatch.setattr(planner, "shortcut", made)
     return ways
 
 
@@ -80,7 +92,7 @@ def test_the_same_bits_in_the_same_format(name: str, layout: torch.memory_format
     other = torch.randn_like(x)
     with torch.no_grad():
         got, expected = module(x), copy.deepcopy(module)(other)
-        assert taken == ["short"]
+        assert taken == ["short" if name == "strips" else "shortcut"]
         assert torch.equal(module(other), expected)
     assert torch.equal(got, first)
     assert got.stride() == first.stride()
@@ -114,18 +126,141 @@ def test_other_conditions_take_the_long_way(taken: list[str]) -> None:
     warm(module, x)
     taken.clear()
     assert not module(x).requires_grad
-    assert taken == ["short"]
+    assert taken == ["shortcut"]
     with torch.autocast("cpu", torch.bfloat16):
         assert module(x).dtype == torch.bfloat16
     with FlopCounterMode(display=False) as counter:
         module(x)
     assert counter.get_total_flops() == 2 * x.numel() * 49
-    with torch.inference_mode():
-        module(x)
     assert "short" not in taken[1:]
+    with torch.inference_mode():
+        assert module(x).is_inference()
+    assert not module(x).is_inference()
     for parameter in module.parameters():
         parameter.requires_grad_(True)
     assert module(x).requires_grad
+
+
+class Marked(Tensor):
+    """A map of another class, which its operations keep."""
+
+
+def test_a_shortcut_is_for_one_size_of_map() -> None:
+    """On a small map the kernel is cut to what reaches it."""
+    module, (small, large) = convert(nn.Conv2d(6, 6, 13, padding=6, groups=6)).eval(), torch.randn(2, 1, 6, 20, 20)
+    expected = copy.deepcopy(module)
+    warm(module, small[:, :, :5, :5].contiguous())
+    with torch.no_grad():
+        torch.testing.assert_close(module(large), expected(large), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["small", "large"])  # with packed weights, and PyTorch's own way
+def test_the_shortcut_is_for_plain_calls(name: str, taken: list[str]) -> None:
+    module, x = layer(name)
+    original = LAYERS[name][0]
+    warm(module, x)
+    taken.clear()
+    leaf = x.clone().requires_grad_()
+    (got,) = torch.autograd.grad(module(leaf).square().sum(), leaf)
+    (expected,) = torch.autograd.grad(original(leaf).square().sum(), leaf)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert module(x).requires_grad  # the layer's own parameters want theirs
+    assert taken == []
+    warm(module, x)
+    with pytest.raises(RuntimeError), torch.no_grad():  # as nn.Conv2d
+        module(x.double())
+    warm(module, x)
+    with torch.no_grad():
+        assert type(module(x.as_subclass(Marked))) is Marked
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module(x).dtype == torch.bfloat16
+        warm(module, x)
+        with FlopCounterMode(display=False) as counter:
+            module(x)
+        assert counter.get_total_flops() == 2 * x.numel() * 49
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.trace"):
+            torch.jit.trace(module, x)
+        warm(module, x)
+        primal, tangent = torch.func.jvp(module, (x,), (x,))
+        bias = module.branches[0].bias[:, None, None]
+        torch.testing.assert_close(tangent, primal - bias, rtol=1e-3, atol=1e-4)
+        warm(module, x)
+        mapped = torch.func.vmap(module)(x[None].expand(3, -1, -1, -1, -1))
+        torch.testing.assert_close(mapped[2], original(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_compiled_layer_does_not_follow_the_shortcut() -> None:
+    """Whether there is one changes from call to call: who compiles would compile again each time."""
+    module, x = layer("small")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        graphs: list[object] = []
+
+        def counting(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+            graphs.append(graph)
+            return graph.forward
+
+        compiled = torch.compile(module, backend=counting)
+        compiled(x)
+        for _ in range(3):
+            module(x)
+        assert module._planner.shortcut is not None
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+
+
+def test_layers_that_are_more_than_one_kernel_take_no_shortcut() -> None:
+    for module, x in ((SWConv2d(8, 9).eval(), torch.randn(1, 8, 10, 10)), layer("strips")):
+        warm(module, x)
+        assert module._planner.shortcut is None
+
+
+STRUCTURE: dict[str, Callable[[ShiftwiseConv2d], object]] = {
+    "branch": lambda m: m.branches.append(copy.deepcopy(m.branches[0])),
+    "exchanged branch": lambda m: m.branches.__setitem__(0, doubled(m.branches[0])),
+    "exchanged branches": lambda m: setattr(m, "branches", nn.ModuleList([doubled(m.branches[0])])),
+    "norm": lambda m: setattr(m.branches[0], "bn", nn.BatchNorm2d(6, eps=3.0).eval()),
+    "no bias": lambda m: setattr(m.branches[0], "bias", None),
+    "bias": lambda m: setattr(m.branches[0], "bias", nn.Parameter(torch.ones(6))),
+    "parametrized": lambda m: parametrize.register_parametrization(m.branches[0], "bank", Doubled()),
+    "data of the bias": lambda m: setattr(m.branches[0].bias, "data", torch.ones(6)),
+    "optimizer": lambda m: fused_step(m),
+    "gain": lambda m: setattr(m.branches[0], "gain", nn.Parameter(torch.full((1,), 2.0))),
+    "mask": lambda m: setattr(m.branches[0], "mask", torch.zeros(m.branches[0].tile_count, dtype=torch.bool)),
+    "stride": lambda m: setattr(m, "stride", (2, 2)),
+}
+
+
+class Doubled(nn.Module):
+    def forward(self, bank: Tensor) -> Tensor:
+        return 2 * bank
+
+
+def doubled(branch: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        twin = copy.deepcopy(branch)
+        twin.bank.mul_(2)
+    return twin
+
+
+def fused_step(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(module.parameters(), lr=0.1, fused=True).step()
+
+
+@pytest.mark.parametrize("name", ["small", "large"])
+@pytest.mark.parametrize("change", STRUCTURE)
+def test_another_structure_is_seen(change: str, name: str) -> None:
+    module, x = layer(name)
+    before = warm(module, x)
+    assert module._planner.shortcut is not None
+    STRUCTURE[change](module)
+    with torch.no_grad():
+        after = module(x)
+        again = copy.deepcopy(module)(x)
+    assert after.shape != before.shape or not torch.allclose(after, before, atol=1e-3)
+    torch.testing.assert_close(after, again)
 
 
 @pytest.mark.parametrize("change", ["weight", "bias", "form", "train", "data", "replaced"])
