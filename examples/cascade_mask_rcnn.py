@@ -1,7 +1,7 @@
 """Cascade Mask R-CNN, the detector of both papers, around one of the networks: torchvision's parts, three times.
 
     python examples/cascade_mask_rcnn.py                           # a small network, on shapes that are drawn here
-    python examples/cascade_mask_rcnn.py --network slak_tiny --steps 200
+    python examples/cascade_mask_rcnn.py --network slak_tiny
 
 Three heads follow each other; each begins with the boxes of the one before, and is trained on boxes that overlap the
 true ones more. The published detectors are made with MMDetection; theirs differ in the boxes' heads and losses, so that
@@ -148,7 +148,7 @@ def draw(count: int, seed: int, size: int = 64) -> tuple[list[Tensor], list[dict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="sw_tiny", help="sw_tiny, slak_tiny, ... of few channels")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=250)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     heads = {"width": 64, "batch_size_per_image": 32, "detections_per_img": 5}

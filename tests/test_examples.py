@@ -312,6 +312,14 @@ def test_shapes_are_segmented(here: Run) -> None:
 
 
 @pytest.mark.exhaustive
+def test_shapes_are_found_by_a_cascade(tmp_path: Path) -> None:
+    output = run("cascade_mask_rcnn.py", cwd=tmp_path)
+    found = re.search(r"masks found: (\d+) of 16", output)
+    assert found, output
+    assert int(found[1]) > 12
+
+
+@pytest.mark.exhaustive
 def test_shapes_of_every_kind_are_segmented(tmp_path: Path) -> None:
     output = run("finetune_segmentation.py", cwd=tmp_path)
     assert all(float(cells(output, f"{kind} ")[2]) > 0.4 for kind in ("background", "disc", "square", "triangle"))

@@ -56,7 +56,7 @@ def masks_for(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -
         modules: layers by their paths.
         weights: of the file.
     """
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name, tensor in weights.items():
         path, _, last = name.rpartition(".")
         module = modules.get(path)
