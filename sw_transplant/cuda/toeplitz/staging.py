@@ -208,9 +208,19 @@ def store_of(copy: Copy, math: str, down: int):
 
 
 def stage_pixels_of(
-    copies: Sequence[Copy], area: Area, math: str, vector: int, planes: int, plane_words: int, threads: int
+    copies: Sequence[Copy],
+    area: Area,
+    math: str,
+    vector: int,
+    planes: int,
+    plane_words: int,
+    threads: int,
+    most_loads: int = IN_FLIGHT,
 ):
     """The device function that fills copies of neighbouring channels of a channels_last map, a plane for each.
+
+    A thread has up to `most_loads` loads under way, of single channels where these are odd in number; each has an
+    address and a condition of its own, which take registers.
 
     Its arguments: shared memory, the word where the first plane begins, the image from its first channel on, how many
     channels there are from there on and from one pixel to the next, the tile's first row and column, the size of the
@@ -222,7 +232,7 @@ def stage_pixels_of(
     units = area.rows // down * across * per_pixel
     words_each = max(1, vector // 2) if packed else vector
     unit_words = down * wide * words_each
-    at_once = max(1, IN_FLIGHT // unit_words)
+    at_once = max(1, min(IN_FLIGHT // unit_words, most_loads // (down * wide)))
     in_flight = unit_words * at_once
     area_row, area_column = area.row, area.column
     load_vector = load_vector_of(math, vector)

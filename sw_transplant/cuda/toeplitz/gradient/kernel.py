@@ -21,6 +21,8 @@ from sw_transplant.cuda.toeplitz.plan import MAX_KERNELS
 from sw_transplant.cuda.toeplitz.staging import ALIGNMENT, raw_type, stage_pixels_of, stage_rows_of
 from sw_transplant.cuda.toeplitz.words import block_afresh, thread_afresh
 
+MOST_LOADS = 8  # of channels, under way at once: the sums of all lines stay in registers meanwhile
+
 int32, uint32, int64, float32 = types.int32, types.uint32, types.int64, types.float32
 
 
@@ -46,7 +48,7 @@ def gradient_source(plan: GradientPlan, functions: Any = None) -> KernelSource:
     _, first_1, first_2, first_3 = (plan.first_group(min(i, kernels)) for i in range(MAX_KERNELS))
     stage_map = stage_rows_of([plan.map_copy], plan.map_area, plan.math, plan.vector, plane_threads)
     stage_grad = stage_rows_of([plan.grad_copy], plan.grad_area, plan.math, plan.vector, plane_threads)
-    pixels = plan.math, plan.vector, planes, plane_words, threads
+    pixels = plan.math, plan.vector, planes, plane_words, threads, MOST_LOADS
     stage_map_pixels = stage_pixels_of([plan.map_copy], plan.map_area, *pixels)
     stage_grad_pixels = stage_pixels_of([plan.grad_copy], plan.grad_area, *pixels)
 
