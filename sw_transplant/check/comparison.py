@@ -12,6 +12,12 @@ from torch import Tensor
 
 from sw_transplant.check.report import Count, OutputError, VerifyReport
 
+_BEFORE = (
+    "Or compare what comes before: verify(original.backbone, converted.backbone, images). Where that agrees, a score "
+    "lies on a threshold; where not, the models are not the same function."
+)
+"""What to do where detections cannot be compared one by one."""
+
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """(name, leaf) of everything in a model's output that is not None, in order."""
@@ -61,7 +67,7 @@ class Comparison:
         self.not_compared: dict[str, None] = {}
         self.sizes: list[int] = []
         self.seconds: list[tuple[float, float]] = []
-        self.same = self.with_logits = self.labelled = 0
+        self.same = self.with_logits = self.labelled = self.numbers = 0
         self.right = [[0, 0], [0, 0]]  # of original, converted: top-1, top-5
 
     def add(
@@ -97,6 +103,11 @@ class Comparison:
         for name, a in original.items():
             b = converted[name]
             tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+            if tensors and a.ndim and a.shape[1:] == b.shape[1:] and len(a) != len(b):
+                raise ValueError(
+                    f"verify: {name} has {len(a)} rows from the original and {len(b)} from the converted model: not "
+                    f"the same passes its thresholds. {_BEFORE}"
+                )
             if (a.shape != b.shape) if tensors else (type(a) is not type(b)):
                 raise ValueError(
                     f"verify: {name} is {describe(a)} from the original and {describe(b)} from the converted model; "
@@ -112,6 +123,7 @@ class Comparison:
 
     def _add_numbers(self, name: str, a: Tensor, b: Tensor) -> None:
         error = b.to(a.device) - a
+        self.numbers += error.numel()
         sums = self.sums.setdefault(name, [0.0] * 4)
         largest = error.abs().max().item() if error.numel() else 0.0
         sums[0] += error.square().sum().item()
@@ -127,8 +139,15 @@ class Comparison:
         self, pairs: dict[str, tuple[Tensor, Tensor]], original: dict[str, Any], converted: dict[str, Any]
     ) -> None:
         for name, pair in pairs.items():
-            reference = _float64(original[name])
             others = [*pair, converted[name]] if converted else [*pair]
+            rows = {tuple(other.shape) for other in (original[name], *others)}
+            if len(rows) > 1:
+                raise ValueError(
+                    f"verify: {name} is {describe(pair[0])} from the original, and of another shape in wide numbers "
+                    f"({', '.join(map(str, sorted(rows)))}): not the same passes its thresholds, so that rounding "
+                    f"cannot be told from difference. Verify in float32 (dtype=torch.float32). {_BEFORE}"
+                )
+            reference = _float64(original[name])
             sums = self.wide.setdefault(name, [0.0] * (1 + len(others)))
             sums[0] += reference.square().sum().item()
             for place, other in enumerate(others, start=1):
@@ -174,6 +193,12 @@ class Comparison:
             reference: dtype of the wide numbers that came with every batch; None where they did not.
             note: about the reference.
         """
+        if not self.numbers:
+            raise ValueError(
+                f"verify: all outputs are empty ({', '.join(self.sums)}), as those of a detector that finds nothing on "
+                f"these images: there is nothing to compare. Give images on which it finds something, or lower its "
+                f"threshold. {_BEFORE}"
+            )
         timed = slice(1 if len(self.sizes) > 1 else 0, None)  # the first batch also pays for set-up
         speeds = [sum(self.sizes[timed]) / max(sum(times[timed]), 1e-9) for times in zip(*self.seconds, strict=True)]
         top1, top5 = (

@@ -18,7 +18,7 @@ from sw_transplant import __version__
 from sw_transplant.cli.certificates import run_check
 from sw_transplant.cli.commands import run_cache, run_convert, run_inspect, run_verify
 from sw_transplant.cli.load_model import InputError, one_line
-from sw_transplant.cli.pages import run_report
+from sw_transplant.cli.pages import FIELD_IMAGES, run_report
 from sw_transplant.cli.results import Result
 from sw_transplant.cli.science import add_science_commands
 from sw_transplant.config import Form, Guarantee, SWConfig
@@ -216,6 +216,17 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_report(commands: Any) -> None:
     parser = _add_command(commands, "report", run_report, "write a page with tables, pictures and the certificate")
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="%(default)s")
+    parser.add_argument(
+        "--receptive-field",
+        type=_count,
+        nargs="?",
+        const=FIELD_IMAGES,
+        metavar="N",
+        help="show the effective receptive fields, too, on N images (%(const)s); without --data, on noise",
+    )
+    parser.add_argument(
+        "--map", metavar="PATH", help="the module whose output --receptive-field looks at; default: the last stage"
+    )
     _add_data(parser)
     _add_search(parser)
     _add_form(parser)

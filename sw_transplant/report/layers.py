@@ -1,8 +1,8 @@
-"""Every converted layer of a model side by side: tiles in use, outputs in use, rounding."""
+"""Every converted layer of a model side by side: tiles in use, outputs in use, rounding, errors of calibration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from sw_transplant.layers.placed_tiles import PlacedTiles
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.report.figures import bars
 from sw_transplant.science.utilisation import utilisation
+from sw_transplant.surgery.calibration.options import CalibrationReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,6 +88,43 @@ def plot_rounding(layers: Iterable[LayerRounding]) -> Figure:
     shares = [100 * layer.largest_error / layer.bound for layer in known]  # type: ignore[operator]
     names = [f"{layer.path or '(the model)'} ({layer.ran}, {layer.dtype})" for layer in known]
     return bars("Largest rounding error", names, {"error": shares}, "percent of the proven bound", ".2g")
+
+
+def plot_calibration(source: nn.Module | CalibrationReport) -> Figure:
+    """For each layer that was calibrated the error of its responses on the images, relative to the original's.
+
+    Args:
+        source: a model from ``convert(..., calibration=...)``, also after ``save`` and ``load``: one bar for each
+            layer, the whole module. Or the report of a :class:`Calibration`, which has more: beside it what the orders
+            that were drawn and those that were chosen reach before ghosts, and the least that strips of this width can.
+
+    Raises:
+        ValueError: no layer was calibrated.
+        ImportError: matplotlib is not installed.
+    """
+    title, axis = "Error of calibrated layers", "percent of the energy of the original's responses"
+    if isinstance(source, CalibrationReport):
+        names = [layer.path or "(the model)" for layer in source.layers]
+        series: dict[str, Sequence[float]] = {
+            "whole module": [100 * layer.response_error for layer in source.layers],
+            "chosen orders": [100 * layer.orders_after for layer in source.layers],
+            "drawn orders": [100 * layer.orders_before for layer in source.layers],
+            "any strips of this width": [100 * layer.strips for layer in source.layers],
+        }
+    else:
+        errors = response_errors(source)
+        names = [path or "(the model)" for path in errors]
+        series = {"whole module": [100 * error for error in errors.values()]}
+    if not names:
+        raise ValueError("plot_calibration: no layer was calibrated, expected a model from convert(calibration=...)")
+    return bars(title, names, series, axis, ".3g")
+
+
+def response_errors(model: nn.Module) -> dict[str, float]:
+    """By the path of each layer that was calibrated the squared error of its responses, relative to the original's."""
+    specs = {path: module.spec for path, module in model.named_modules() if isinstance(module, ShiftwiseConv2d)}
+    errors = {path: getattr(spec, "response_error", None) for path, spec in specs.items()}
+    return {path: error for path, error in errors.items() if error is not None}
 
 
 def _layers(model: nn.Module, caller: str) -> dict[str, ShiftwiseConv2d]:

@@ -6,11 +6,11 @@ import base64
 import html
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from sw_transplant.check.certificate import Certificate
 from sw_transplant.check.report import VerifyReport
@@ -19,9 +19,16 @@ from sw_transplant.find.search import inspect_model
 from sw_transplant.find.summary import summary
 from sw_transplant.geometry import Size
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
+from sw_transplant.report.fields import plot_receptive_field
 from sw_transplant.report.figures import to_png
 from sw_transplant.report.kernels import plot_kernel
-from sw_transplant.report.layers import plot_rounding, plot_sparsity, plot_utilisation
+from sw_transplant.report.layers import (
+    plot_calibration,
+    plot_rounding,
+    plot_sparsity,
+    plot_utilisation,
+    response_errors,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +55,7 @@ def write_report(
     report: VerifyReport,
     layers: Iterable[LayerRounding],
     certificate: Certificate,
+    fields: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes the page: verdict, inspection, comparison, layers, pictures, certificate.
 
@@ -58,6 +66,7 @@ def write_report(
         report: their comparison.
         layers: the rounding of each layer, with the maps that it got.
         certificate: of the same comparison.
+        fields: effective receptive fields by the name of a network, to be shown; None for none.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -69,7 +78,7 @@ def write_report(
         ("Comparison", "Original and converted model on the same images.",
          _text(str(report)) + "".join(f"<p>{html.escape(reason)}</p>" for reason in report.reasons)),
         ("Layers", "The converted layers, and how each ran.", _text(summary(converted))),
-        ("Pictures", "", "".join(_picture(*picture) for picture in _pictures(converted, layers))),
+        ("Pictures", "", "".join(_picture(*picture) for picture in _pictures(converted, layers, fields))),
         ("Certificate", "What the file certificate.json holds.",
          f"<details><summary>Show</summary>{_text(json.dumps(certificate.values, indent=1))}</details>"),
     ]  # fmt: skip
@@ -105,7 +114,9 @@ def _picture(name: str, text: str, figure: Figure) -> str:
     )
 
 
-def _pictures(converted: nn.Module, layers: tuple[LayerRounding, ...]) -> list[tuple[str, str, Figure]]:
+def _pictures(
+    converted: nn.Module, layers: tuple[LayerRounding, ...], fields: Mapping[str, Tensor] | None
+) -> list[tuple[str, str, Figure]]:
     modules = {path: module for path, module in converted.named_modules() if isinstance(module, ShiftwiseConv2d)}
     sizes: dict[str, int | Size] = {layer.path: (layer.shape[2], layer.shape[3]) for layer in layers}
     pictures = [
@@ -119,6 +130,14 @@ def _pictures(converted: nn.Module, layers: tuple[LayerRounding, ...]) -> list[t
     if sizes:
         text = "Outputs of the small convolutions that reach an output of the layer, on the maps that the layers got."
         pictures.append(("utilisation", text, plot_utilisation(converted, sizes)))
+    if response_errors(converted):
+        text = (
+            "Squared error of the calibrated layers' responses on the calibration images, relative to the original's."
+        )
+        pictures.append(("calibration", text, plot_calibration(converted)))
+    if fields:
+        text = "How much every pixel contributes to the centre of the last map. A square holds a share t of it."
+        pictures.append(("receptive field", text, plot_receptive_field(fields)))
     spread = list(modules)[:: max(1, -(-len(modules) // KERNELS_SHOWN))]
     for path in spread[:KERNELS_SHOWN]:
         text = f"{path or '(the model)'}: the kernel of its first channel. Mid-grey is zero, lines are tiles."

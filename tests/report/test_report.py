@@ -19,7 +19,9 @@ from tests.regression.networks import network, square
 pytest.importorskip("matplotlib", reason="the extra plot is not installed")
 
 from sw_transplant.report import (
+    plot_calibration,
     plot_kernel,
+    plot_receptive_field,
     plot_rounding,
     plot_sparsity,
     plot_throughput,
@@ -28,6 +30,7 @@ from sw_transplant.report import (
 from sw_transplant.report.figures import LONGEST, bars, to_png
 from sw_transplant.report.kernels import edges_of
 from sw_transplant.report.layers import share_in_use
+from sw_transplant.surgery.calibration.options import Calibration
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -122,6 +125,52 @@ def test_picture_of_times(tmp_path: Path) -> None:
             plot_throughput(tmp_path / "r.json")
 
 
+def test_pictures_of_calibrated_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 9, padding=4, groups=4), nn.ReLU()).eval()
+    settings = Calibration(torch.randn(8, 3, 16, 16), progress=False)
+    converted = sw.convert(original, sw.SWConfig(mode="shiftwise"), calibration=settings)
+    (found,) = settings.report.layers
+    shown = f"{100 * found.response_error:.3g}"
+    assert shown in texts(plot_calibration(converted))
+    sw.save(converted, tmp_path)
+    assert shown in texts(plot_calibration(sw.load(original, tmp_path)))  # the folder keeps it
+    axes = plot_calibration(settings.report).axes[0]
+    assert len(axes.patches) == 4
+    assert len({patch.get_hatch() for patch in axes.patches}) == 4  # they differ without colour
+    lengths = [patch.get_width() for patch in axes.patches]
+    expected = [found.response_error, found.orders_after, found.orders_before, found.strips]
+    assert lengths == pytest.approx([100 * value for value in expected])
+    with pytest.raises(ValueError, match="no layer was calibrated"):
+        plot_calibration(sw.convert(original))
+    report = sw.verify(original, converted, torch.randn(1, 3, 12, 12), bounds=10, certificate=tmp_path / "c.json")
+    from sw_transplant.check.certificate import Certificate
+    from sw_transplant.report import write_report
+
+    write_report(tmp_path / "r.html", "x", original, converted, report, (), Certificate.read(tmp_path / "c.json"))
+    assert '<img alt="calibration"' in (tmp_path / "r.html").read_text()
+
+
+def test_picture_of_receptive_fields() -> None:
+    size, reach = 21, 4
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    centre = size // 2
+    matrix[centre - reach : centre + reach + 1, centre - reach : centre + reach + 1] = 1.0
+    figure = plot_receptive_field({"one": matrix, "two": torch.ones(size, size)})
+    first, second = figure.axes[:2]
+    assert [axes.get_title() for axes in (first, second)] == ["one", "two"]
+    assert torch.equal(torch.as_tensor(first.images[0].get_array()), matrix)  # its logarithm is at most 1, too
+    lines = [line for line in first.lines if line.get_color() == "black"]
+    assert len({line.get_linestyle() for line in lines}) == 4  # they differ without colour
+    area = (2 * reach + 1) ** 2 / size**2
+    assert lines[-1].get_label() == f"t = 99%: r = {100 * area:.1f}%"
+    assert (lines[-1].get_xdata().min(), lines[-1].get_xdata().max()) == (centre - reach - 0.5, centre + reach + 0.5)
+    whole = [line for line in second.lines if line.get_color() == "black"][-1]
+    assert (whole.get_xdata().min(), whole.get_xdata().max()) == (-0.5, size - 0.5)
+    with pytest.raises(ValueError, match="no matrix"):
+        plot_receptive_field({})
+
+
 # ---- the page
 
 
@@ -132,9 +181,10 @@ def page(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
-        assert (
-            main(["report", "page_model:build", "--size", "16", "--batch-size", "2", "--out", "out/report.html"]) == 0
-        )
+        words = ["report", "page_model:build", "--size", "16", "--batch-size", "2", "--out", "out/report.html"]
+        assert main([*words, "--receptive-field", "2", "--map", "2"]) == 0
+        assert main([*words, "--map", "2"]) == 2
+        assert main([*words, "--receptive-field", "--map", "nowhere"]) == 2
     return folder / "out" / "report.html"
 
 
@@ -148,7 +198,9 @@ def test_page_holds_everything(page: Path) -> None:
     ):
         assert words in text
     pictures = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,([^"]+)"', text)
-    assert [name for name, _ in pictures] == ["rounding", "tiles in use", "utilisation", "kernel of 1", "kernel of 2"]
+    assert [name for name, _ in pictures] == [
+        *("rounding", "tiles in use", "utilisation", "receptive field", "kernel of 1", "kernel of 2")
+    ]
     assert all(base64.b64decode(content).startswith(b"\x89PNG") for _, content in pictures)
     targets = re.findall(r'(?:src|href)="([^"]{0,5})', text)
     assert {target for target in targets if not target.startswith("#")} == {"data:"}
@@ -175,7 +227,7 @@ def test_page_in_a_browser(page: Path, tmp_path: Path) -> None:
     assert title is not None
     seen = json.loads(title[1].replace("&quot;", '"'))
     assert seen["requests"] == []
-    assert len(seen["widths"]) == 5
+    assert len(seen["widths"]) == 6
     assert min(seen["widths"]) > 300
 
 
