@@ -135,6 +135,7 @@ ROWS: dict[str, Callable[[Task, int], nn.Module]] = {
     "50 images, each channel alone": lambda task, seed: calibrated(task, seed, 50, mix=0.0),
     "50 images": lambda task, seed: calibrated(task, seed, 50),
     "50 images, one budget": lambda task, seed: calibrated(task, seed, 50, ghosts=GLOBAL),
+    "50 images, one budget, refit": lambda task, seed: calibrated(task, seed, 50, ghosts=GLOBAL, refit=True),
     "50 images, refit": lambda task, seed: calibrated(task, seed, 50, refit=True),
     "50 images, ghost 0": lambda task, seed: calibrated(task, seed, 50, ghosts={"ghost": 0.0}),
     "50 images, ghost 0, refit": lambda task, seed: calibrated(task, seed, 50, ghosts={"ghost": 0.0}, refit=True),

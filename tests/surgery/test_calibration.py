@@ -11,7 +11,8 @@ from torch import nn
 from sw_transplant import SWConfig, convert, load, save, summary
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.calibration import Calibration
-from sw_transplant.surgery.calibration.ghosts import cheapest, exchange, share_out
+from sw_transplant.surgery.calibration.budget import share_out
+from sw_transplant.surgery.calibration.ghosts import cheapest, exchange
 from sw_transplant.surgery.calibration.images import read_images
 from sw_transplant.surgery.calibration.sensitivity import sensitivities
 from sw_transplant.surgery.calibration.statistics import set_statistics
@@ -245,15 +246,27 @@ def test_one_budget_gives_ghosts_to_the_layers_that_miss_them_least():
     assert distance(converted(x), model(x)) < distance(by_layer(x), model(x))
 
 
+@torch.no_grad()
+def test_what_the_network_loses_by_ghosts_is_tried(net):
+    net.blocks[0].second.weight.zero_()  # nothing behind reads this block's large layer
+    x, ghosts = images(8), []
+    before = net(x)
+    for data in (x, lambda model: model(x)):
+        converted = convert(net, config(ghost=0.5, ghost_budget="global"), calibration=quick(data))
+        ghosts.append([len(block.large.spec.ghosts) for block in converted.blocks])
+    assert ghosts == [[6, 2], [6, 2]]
+    assert torch.equal(net(x), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
 def test_a_budget_is_shared_out_by_what_ghosts_cost():
-    apart = {"a": (torch.zeros(8), torch.eye(8)), "b": (torch.zeros(8), 3 * torch.eye(8))}
-    assert share_out(apart, 0.25) == {"a": 4, "b": 0}
-    assert share_out(apart, 0.375) == {"a": 6, "b": 0}
-    assert share_out(apart, 0.45) == {"a": 6, "b": 1}
-    together = {"a": (torch.zeros(8), torch.ones(8, 8)), "b": (torch.zeros(8), 3 * torch.eye(8))}
-    assert share_out(together, 0.25) == {"a": 2, "b": 2}  # 1, 3, 5, ... against 3, 3, 3, ...
-    sizes = {"a": (torch.zeros(4), 3 * torch.eye(4)), "b": (torch.zeros(8), torch.eye(8))}
-    assert share_out(sizes, 0.25) == {"a": 0, "b": 4}
+    eight = {"a": 8, "b": 8}
+    assert share_out({"a": 1.0, "b": 1.0}, eight, 0.5) == {"a": 2, "b": 2}
+    assert share_out({"a": 1.0, "b": 3.0}, eight, 0.5) == {"a": 3, "b": 1}  # shares as 1 / growth
+    assert share_out({"a": 0.0, "b": 1.0}, eight, 0.7) == {"a": 5, "b": 0}
+    assert share_out({"a": 0.0, "b": 1.0}, eight, 1.0) == {"a": 6, "b": 2}  # three quarters of a layer at most
+    assert share_out({"a": 1.0, "b": 1.0}, {"a": 4, "b": 8}, 0.5) == {"a": 1, "b": 2}  # shares, not channels
+    assert share_out({"a": float("inf"), "b": 1.0}, eight, 0.5) == {"a": 0, "b": 4}
     assert cheapest(torch.tensor([3.0, 1, 2, 1]), 2) == (1, 3)
 
 

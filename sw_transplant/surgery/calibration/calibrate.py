@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sw_transplant.config import SWConfig
 from sw_transplant.find.candidate import build, check_parameters, find_site
@@ -21,10 +21,10 @@ from sw_transplant.find.match import Match
 from sw_transplant.find.shared import active_count, shared_tile
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.approximate import build_shared
+from sw_transplant.surgery.calibration.budget import global_budget
 from sw_transplant.surgery.calibration.compensation import Kept
-from sw_transplant.surgery.calibration.ghosts import share_out
 from sw_transplant.surgery.calibration.images import Images, read_images
-from sw_transplant.surgery.calibration.layer import costs_of_ghosts, fit_module
+from sw_transplant.surgery.calibration.layer import fit_module
 from sw_transplant.surgery.calibration.options import Calibration, CalibrationReport
 from sw_transplant.surgery.calibration.paused import side_by_side
 from sw_transplant.surgery.calibration.progress import progress_bar
@@ -69,7 +69,8 @@ def calibrate(
         weights = sensitivities(original, images, sites, config.seed) if calibration.fit == "responses" else {}
         ghosts = {match.path: match.out_channels - active_count(match.out_channels, config) for match in order}
         if config.ghost_budget == "global" and calibration.fit == "responses":
-            ghosts = _global_budget(original, images, order, config, calibration, weights, many)
+            step("budget of ghosts")
+            ghosts = global_budget(original, images, order, weights, ghosts, calibration.mix)
         waiting = None
         if calibration.fit == "responses" and not calibration.refit and not many:
             waiting = undo.enter_context(side_by_side(original, target, images, [match.path for match in order], met))
@@ -129,12 +130,12 @@ def _check(
 
 
 def _collect(
-    original: nn.Module, target: nn.Module | None, path: str, images: Images, whole: bool, into: Sequence[Any]
+    original: nn.Module, target: nn.Module, path: str, images: Images, whole: bool, into: Sequence[Any]
 ) -> None:
-    """What a layer gets in the network converted so far (None: in the original), and what the original's gives."""
+    """What a layer gets in the network converted so far, and what the original's gives."""
 
     def use(before: Seen, now: Seen) -> None:
-        inputs, targets = now.get("x", []), (now if target is None else before).get("y", [])
+        inputs, targets = now.get("x", []), before.get("y", [])
         if len(inputs) != len(targets):
             raise ValueError(
                 f"{path or 'model'}: the original calls this layer {len(targets)} times and the converted network "
@@ -145,13 +146,9 @@ def _collect(
             for each in into:
                 each.add(x, y)
 
-    site = find_site(original, path)
-    if target is None:
-        ask: Ask = {"x": (site, "input"), "y": (site, "output")}
-        run_pairs(None, original, images, {}, ask, use, whole=whole)
-    else:
-        here = find_site(target, path)
-        run_pairs(original, target, images, {"y": (site, "output")}, {"x": (here, "input")}, use, whole=whole)
+    of_original: Ask = {"y": (find_site(original, path), "output")}
+    of_converted: Ask = {"x": (find_site(target, path), "input")}
+    run_pairs(original, target, images, of_original, of_converted, use, whole=whole)
 
 
 def _put(target: nn.Module, match: Match, module: SWConv2d) -> nn.Module:
@@ -162,27 +159,6 @@ def _put(target: nn.Module, match: Match, module: SWConv2d) -> nn.Module:
         parent, _, name = place.rpartition(".")
         find_site(target, parent)._modules[name] = module
     return target
-
-
-def _global_budget(
-    original: nn.Module,
-    images: Images,
-    matches: Sequence[Match],
-    config: SWConfig,
-    calibration: Calibration,
-    weights: dict[str, Tensor],
-    whole: bool,
-) -> dict[str, int]:
-    """How many ghosts each layer gets; their costs are those on the original's own maps."""
-    costs = {}
-    for match in matches:
-        plain = build(find_site(original, match.path), match, form=config.form)
-        sums, kept = Sums(match.path, max(plain.kernel_size), shared_tile(config), match.stride), Kept()
-        _collect(original, None, match.path, images, whole, [sums, kept])
-        linear, quadratic = costs_of_ghosts(plain, sums, kept, weights[match.path], config, calibration.ridge)
-        scale = kept.positions / sums.positions * sums.images
-        costs[match.path] = linear / scale, quadratic / scale
-    return share_out(costs, config.ghost)
 
 
 @torch.no_grad()

@@ -99,15 +99,6 @@ def _drawn(problem: Problem, config: SWConfig) -> Orders:
     return draw_orders(len(problem.right), tiles, config.edge_count, config.seed)
 
 
-def costs_of_ghosts(
-    plain: ShiftwiseConv2d, sums: Sums, kept: Kept, weights: Tensor, config: SWConfig, ridge: float
-) -> tuple[Tensor, Tensor]:
-    """What ghosts of a layer cost, linear and quadratic (:func:`ghosts.exchange`), with the orders that are drawn."""
-    problem = pose_for(plain, sums, ridge)
-    fit = fit_layer(problem, _drawn(problem, config), _adds_input(problem, config))
-    return costs_together(problem, fit, kept, weights, 1.0)
-
-
 def pose_for(plain: ShiftwiseConv2d, sums: Sums, ridge: float) -> Problem:
     """The least-squares problem of a layer, towards whose kernel the ridge leads."""
     taps = Taps(sums.length, sums.tile, (1, 1), (1, 1), sums.stride)

@@ -96,7 +96,7 @@ def run_pairs(
         seen[1].clear()
         if original is not None:
             with watch(original, of_original, seen[0], ends=ends) as run:
-                run(lambda model: model(*_copies(args), **_copies(kwargs)))
+                run(lambda model: model(*copies(args), **copies(kwargs)))
 
     def after(*_: Any) -> None:
         use(*seen)
@@ -183,5 +183,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(trains)
 
 
-def _copies(value: Any) -> Any:
+def tensors_of(output: Any) -> list[Tensor]:
+    """The floating-point tensors in nested arguments or outputs."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def copies(value: Any) -> Any:
+    """Nested arguments with tensors of their own: a model may write into what it gets."""
     return torch.utils._pytree.tree_map_only(Tensor, torch.clone, value)

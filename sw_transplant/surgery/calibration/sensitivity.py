@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sw_transplant.surgery.calibration.images import Images
-from sw_transplant.surgery.calibration.responses import frozen
+from sw_transplant.surgery.calibration.responses import frozen, tensors_of
 
 _IMAGES, _PROJECTIONS = 64, 8
 """How many images suffice for C x C numbers that all positions share in, and projections of each output."""
@@ -109,5 +109,4 @@ def _tensors(output: Any) -> list[Tensor]:
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return [logits]
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return tensors_of(output)
