@@ -125,11 +125,12 @@ def _correlate(device: torch.device, layout: torch.memory_format) -> Compared:
     from sw_transplant.cuda import toeplitz as kernels
 
     x, grad, _, sizes, origins = _trial(layout)
-    maps = [each.to(device).contiguous(memory_format=layout) for each in (x, grad)]
-    plan = kernels.weight_grad_plan_for(*maps, pairs(sizes), pairs(origins))
+    there, grad_there = (each.to(device).contiguous(memory_format=layout) for each in (x, grad))
+    plan = kernels.weight_grad_plan_for(there, grad_there, pairs(sizes), pairs(origins))
     if plan is None:
         return [], []
-    return kernels.toeplitz_weight_grad(*maps, plan), toeplitz_weight_grad_reference(x, grad, sizes, origins)
+    expected = toeplitz_weight_grad_reference(x, grad, sizes, origins)
+    return kernels.toeplitz_weight_grad(there, grad_there, plan), expected
 
 
 def _trial(layout: torch.memory_format) -> tuple[Tensor, Tensor, list[Tensor], list[int], list[int]]:
