@@ -62,7 +62,7 @@ def measure(layer: Layer, layout: str, rounds: int) -> list[dict]:
     ).eval()
     converted = sw.convert(conv, sw.SWConfig(min_kernel=5)).to(**to)
     long_way = copy.deepcopy(converted)
-    long_way.takes_shortcuts = False
+    long_way._takes_shortcuts = False
     original = conv.to(**to)
     calls = {"native": original, "again": copy.deepcopy(original), "long way": long_way, "converted": converted}
     x = torch.randn(1, layer.channels, layer.side, layer.side).contiguous(**to)

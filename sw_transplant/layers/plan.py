@@ -35,7 +35,7 @@ class Layer(Protocol):
 
     stride: Size
     recompute: Recompute
-    takes_shortcuts: bool
+    _takes_shortcuts: bool
 
     @property
     def form(self) -> str: ...

@@ -79,7 +79,7 @@ class Planner:
         step = kept.step(x)
         if step is None:
             return kept.plan
-        if layer.takes_shortcuts and kept.watch is not None:
+        if layer._takes_shortcuts and kept.watch is not None:
             self.shortcut = shortcut(layer, x, step, kept.watch)  # type: ignore[arg-type]
         return step.run
 

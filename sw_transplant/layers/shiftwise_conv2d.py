@@ -60,7 +60,7 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
     gradients are the same, bit for bit. Compiled code and form "shift" keep everything."""
 
     _frozen: Frozen | None = None
-    takes_shortcuts = True
+    _takes_shortcuts = True
     """Whether what the planner gives is the whole forward pass."""
 
     def __init__(
@@ -151,7 +151,7 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
         return self._planner.decision
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.takes_shortcuts and not torch.compiler.is_dynamo_compiling():
+        if self._takes_shortcuts and not torch.compiler.is_dynamo_compiling():
             shortcut = self._planner.shortcut
             if shortcut is not None and (y := shortcut(x)) is not None:
                 return y

@@ -83,7 +83,7 @@ class SWConv2d(OrderBuffers):
     """What the parts are called in the state_dict; a subclass may choose other names."""
 
     _takes_single_maps = True
-    takes_shortcuts = False  # the ghosts go around the plan
+    _takes_shortcuts = False  # the ghosts go around the plan
     recompute = "small"  # the identity branch: 2.3 instead of 3.1 times the input are kept in training
 
     gain: nn.Parameter | None
