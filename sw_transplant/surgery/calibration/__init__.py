@@ -14,7 +14,8 @@ docs/transplanting.md has the mathematics and the measurements. Read in this ord
     fit             the normal equations: bank, scales of the branches, bias
     orders          choosing the orders of the tiles
     sensitivity     what errors of channels cost downstream
-    ghosts          which channels bypass a module, and how many of each layer
+    ghosts          which channels bypass a module
+    budget          how many of each layer, where one budget is for all
     compensation    all channels of a layer together, making up for each other
     statistics      BatchNorm statistics, so that train mode starts from the same function
     refit           linear layers behind a module
