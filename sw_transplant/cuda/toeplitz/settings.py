@@ -12,6 +12,8 @@ from sw_transplant.cuda.toeplitz.product import count
 WHOLE_COLUMNS = 9  # a map up to 72 wide is one tile across
 MOST_SUMS = 112  # registers of a thread for sums
 MOST_WARPS = 4  # of a thread block: few, so that few wait for each other
+# With as many in float32, channels_last maps that are cut into tiles spill some, on compute capability 8.0 and 10.0.
+MOST_SUMS_OF_HALOS = {"tf32": 112, "tf32x3": 32, "float16": 128, "bfloat16": 128}
 RESIDENT_WARPS = 12  # of a multiprocessor: with fewer than that its units stand idle
 
 # What one costs, in cycles of a multiprocessor: a matrix product, a word for each lane from shared memory, and a word
@@ -54,6 +56,8 @@ def choose_plan(
     best: tuple[float, Plan] | None = None
     for shape in _candidates(math, size, sizes, origins):
         plan = dataclasses.replace(shape, vector=vector, channels_last=channels_last)
+        if channels_last and None in plan.whole and 4 * plan.blocks * plan.columns >= MOST_SUMS_OF_HALOS[math]:
+            continue
         cycles = _cycles(plan, size)
         for planes, rounds in CHANNELS if channels_last else IMAGES:
             several = dataclasses.replace(plan, planes=planes, rounds=rounds)
