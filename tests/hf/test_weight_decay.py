@@ -74,7 +74,8 @@ def test_gains_are_left_alone(tmp_path: Path) -> None:
     converted = model(SWConfig(edges=2))
     gains = {name for name, _ in converted.named_parameters() if name.endswith("gain")}
     assert len(gains) == len(shiftwise_layers(converted))
-    assert decayed(Trainer, converted, tmp_path) - decayed(ShiftwiseTrainer, converted, tmp_path) == gains
+    usual, ours = (decayed(kind, converted, tmp_path) for kind in (Trainer, ShiftwiseTrainer))
+    assert (usual - ours) & dict(converted.named_parameters()).keys() == gains
 
 
 def test_resuming_takes_the_last_whole_checkpoint(tmp_path: Path) -> None:
