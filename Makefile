@@ -11,10 +11,10 @@ STAGES ?=
 PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
-# Python compiles what it imports by itself; compiling all of PyTorch's files ahead takes a minute.
+# pip compiles in one process, which takes a minute; compileall takes as many as there are cores.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_FLAGS) -c constraints.txt
-# A file of tests stays in one process, which then makes what they share once.
-PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadscope --durations=10 $(PYTEST_FLAGS)
+# A file of tests stays in one process, which then makes what they share once; tests/conftest.py says in which order.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadscope --no-loadscope-reorder --durations=10 $(PYTEST_FLAGS)
 SOURCES := sw_transplant tests examples benchmarks
 
 .DEFAULT_GOAL := help
@@ -56,6 +56,7 @@ clean: ## Remove the environment, builds and caches
 $(VENV)/.demo $(VENV)/.docs $(VENV)/.test $(VENV)/.cuda: $(VENV)/.%: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@echo "Installing sw-transplant[$*] into $(VENV); PyTorch is large, the first time takes some minutes ..."
 	$(INSTALL) -e '.[$*]'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # some packages have files for other Pythons
 	@touch $@
 
 $(VENV)/pyvenv.cfg:

@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,19 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the many that take long, unless they are asked for."""
+    """Leaves out the many that take long, unless they are asked for, and puts first what ends last."""
     left_out = [] if EXHAUSTIVE else [item for item in items if item.get_closest_marker("exhaustive")]
     if left_out:
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left_out)
+    early = {_scope(item) for item in items if item.get_closest_marker("early")}
+    counts = Counter(map(_scope, items))
+    items.sort(key=lambda item: (_scope(item) not in early, -counts[_scope(item)]))
+
+
+def _scope(item: pytest.Item) -> str:
+    """What processes share out: the tests of a class, or of a file."""
+    return item.nodeid.rpartition("::")[0]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -240,9 +240,10 @@ SOME = [
     "RepLKNet",
     "UniRepLKNet",
 ]
+ALSO = ("timm coat_lite_tiny", "timm inception_next_atto", "RepLKNet")  # in the long tail
 
 
-@pytest.fixture(scope="module", params=SOME)
+@pytest.fixture(scope="module", params=sample(SOME, [name for name in SOME if name not in ALSO]))
 def some(request: pytest.FixtureRequest) -> Pair:
     return make_pair(case(request.param), 7)
 

@@ -12,6 +12,7 @@ from tests.sampling import sample
 SIMULATED = [((), len(RUNS)), (("--all",), len(RUNS) + len(MORE_RUNS))]
 
 
+@pytest.mark.early
 @pytest.mark.parametrize(("options", "runs"), sample(SIMULATED, SIMULATED[:1]))
 def test_bodies_in_the_simulator(simulate, options, runs: int) -> None:
     lines = simulate("simulate_shift_add.py", *options).splitlines()

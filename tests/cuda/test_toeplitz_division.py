@@ -1,5 +1,7 @@
 """How work is divided over the thread blocks of a device; no device is needed."""
 
+import itertools
+
 import pytest
 
 pytest.importorskip("numba.cuda", reason="the CUDA extra is not installed")
@@ -10,6 +12,7 @@ from sw_transplant.cuda.toeplitz.gradient.settings import resident_blocks as res
 from sw_transplant.cuda.toeplitz.launcher import divide
 from sw_transplant.cuda.toeplitz.settings import resident_blocks
 from tests.cuda.toeplitz_cases import DEVICES, LAYERS
+from tests.sampling import sample
 
 CHANNELS = {56: 124, 28: 249, 14: 499, 7: 998}
 
@@ -40,9 +43,13 @@ def test_no_other_number_of_turns_is_done_sooner(groups: int, each: int, slots: 
     assert time(turns) == min(time(other) for other in range(1, min(groups, 64) + 1))
 
 
-@pytest.mark.parametrize("math", ["tf32", "float16"])
-@pytest.mark.parametrize("capability", DEVICES)
-@pytest.mark.parametrize("layer", LAYERS[:13], ids=str)
+OFTEN = LAYERS[:13]
+IDLE = list(itertools.product(OFTEN, DEVICES, ["tf32", "float16"]))
+TURNS = itertools.cycle(itertools.product(DEVICES, ["tf32", "float16"]))
+QUICK = [(layer, *next(TURNS)) for layer in OFTEN for _ in range(3)]
+
+
+@pytest.mark.parametrize(("layer", "capability", "math"), sample(IDLE, QUICK), ids=str)
 def test_little_of_a_device_is_idle(layer, capability, math: str) -> None:
     """Turns of all blocks, over those that the device has room for until the last block is done; batch 128."""
     device, channels = DEVICES[capability], CHANNELS[layer.size[0]]

@@ -20,6 +20,7 @@ SHAPES = {
 FEW = ("smaller", "planes,", "7 x 7", "asymmetric", "beside", "last, tiles", "pixel")
 
 
+@pytest.mark.early
 @pytest.mark.parametrize(("options", "runs"), sample([(FEW, 7), ((), 13), (("--all",), 29)], [(FEW, 7)]))
 def test_bodies_in_the_simulator(simulate, options, runs: int) -> None:
     output = simulate("simulate_toeplitz_gradient.py", *options)
