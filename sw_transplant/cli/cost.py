@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from sw_transplant.check.model_input import ModelInput
 from sw_transplant.cli.load_model import InputError, load_model, one_line
+from sw_transplant.cli.messages import note
 from sw_transplant.cli.results import Result
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.layers.zeros import mask_zeros
@@ -99,7 +99,7 @@ def _has_filters(model: nn.Module) -> bool:
 
 def _sparsify(model: nn.Module, share: float, channels: int, size: int, seed: int) -> None:
     """Filters of the paper's modules, as in SW; else single weights of the whole network, as in SLaK."""
-    print("sw-transplant: note: SNIP scores come from two images of noise", file=sys.stderr)
+    note("SNIP scores come from two images of noise")
     sparsity = FilterSparsity(model, share, only_L=_has_filters(model), dynamics="published", seed=seed)
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(2, channels, size, size, generator=generator)

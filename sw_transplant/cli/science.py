@@ -18,44 +18,63 @@ from sw_transplant.tables import render_table
 
 def add_science_commands(commands: Any, add_output: Callable[[argparse.ArgumentParser], None], model_help: str) -> None:
     """Adds the commands about the papers to the parser's subcommands; ``add_output`` gives one ``--json``."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    with_models = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    _add_command(
+        commands,
         "ladder",
+        _add_ladder_options,
+        run_ladder,
+        add_output,
         help="the steps from SLaK to SW, what each changes and costs",
         description="Lists the steps of the ShiftwiseConv paper from SLaK to SW; each network is built and counted.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--no-cost", action="store_true", help="do not count, which takes half a minute")
-    parser.set_defaults(command=run_ladder)
-    add_output(parser)
-    parser = commands.add_parser(
+    _add_command(
+        commands,
         "erf",
+        erf.add_options,
+        erf.run_erf,
+        add_output,
         help="effective receptive fields, as the papers' table and picture",
         description=f"Measures which pixels contribute to the centre of the last map.\n\n{model_help}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        **with_models,
     )
-    erf.add_options(parser)
-    parser.set_defaults(command=erf.run_erf)
-    add_output(parser)
-    parser = commands.add_parser(
+    _add_command(
+        commands,
         "cost",
+        cost.add_options,
+        cost.run_cost,
+        add_output,
         help="parameters, multiplications and training memory, also without what is out of use",
         description=f"Counts parameters and multiplications as the papers do.\n\n{model_help}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        **with_models,
     )
-    cost.add_options(parser)
-    parser.set_defaults(command=cost.run_cost)
-    add_output(parser)
-    parser = commands.add_parser(
+    _add_command(
+        commands,
         "recipe",
+        recipe.add_options,
+        recipe.run_recipe,
+        add_output,
         help="how a published network was trained, as settings of timm",
         description="Prints a published training as YAML for timm's train.py, with the commands that run it.",
-        allow_abbrev=False,
     )
-    recipe.add_options(parser)
-    parser.set_defaults(command=recipe.run_recipe)
+
+
+def _add_command(
+    commands: Any,
+    name: str,
+    add_options: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], Result],
+    add_output: Callable[[argparse.ArgumentParser], None],
+    **texts: Any,
+) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(name, allow_abbrev=False, **texts)
+    add_options(parser)
+    parser.set_defaults(command=run)
     add_output(parser)
+
+
+def _add_ladder_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-cost", action="store_true", help="do not count, which takes half a minute")
 
 
 def run_ladder(arguments: argparse.Namespace) -> Result:
