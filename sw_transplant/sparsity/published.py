@@ -88,8 +88,10 @@ def left_dense(layers: Sequence[MaskedLayer], optimizer: Any) -> set[MaskedLayer
 
     The optimizer remembers them, so that a run that goes on later has the same ones, whatever has grown full since.
     """
-    full = [i for i, layer in enumerate(layers) if torch.equal(layer.mask_in_use, layer.possible)]
-    return {layers[i] for i in optimizer.param_groups[0].setdefault(_LEFT_DENSE, full)}
+    group = optimizer.param_groups[0]
+    if _LEFT_DENSE not in group:
+        group[_LEFT_DENSE] = [i for i, layer in enumerate(layers) if torch.equal(layer.mask_in_use, layer.possible)]
+    return {layers[i] for i in group[_LEFT_DENSE]}
 
 
 def forget_dense(optimizer: Any) -> None:
