@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sw_transplant.find.match import Match
@@ -198,7 +199,7 @@ def _distance(output: Any, reference: Any) -> float:
     mine, theirs = logits_of(output), logits_of(reference)
     if mine is not None and theirs is not None:
         a, b = (each.float().log_softmax(1) for each in (theirs, mine))
-        return float((a.exp() * (a - b)).sum())
+        return float(F.kl_div(b, a, log_target=True, reduction="sum"))
     total = 0.0
     for a, b in zip(tensors_of(output), tensors_of(reference), strict=True):
         energy = float(b.float().square().sum())
