@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sw_transplant.ops import toeplitz_selftest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -32,3 +34,19 @@ def simulate() -> Callable[..., str]:
 def precision(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Sets how PyTorch's convolutions multiply float32."""
     return functools.partial(monkeypatch.setattr, torch.backends.cudnn.conv, "fp32_precision")
+
+
+@pytest.fixture
+def one_image(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Leaves one image of what kernels are tried on before their first use."""
+
+    def cut() -> None:
+        whole = toeplitz_selftest._trial
+
+        def trial(layout: torch.memory_format) -> tuple:
+            x, grad, *rest = whole(layout)
+            return x[:1], grad[:1], *rest
+
+        monkeypatch.setattr(toeplitz_selftest, "_trial", trial)
+
+    return cut
