@@ -181,6 +181,7 @@ def test_sample_stays_the_same(name):
     assert not record["unexplained"], "a large depthwise convolution is neither converted nor reported"
 
 
+@pytest.mark.early
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("file", timm_names())
 def test_every_large_kernel_model_stays_the_same(file):

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from sw_transplant.config import read_guarantee
 from sw_transplant.forms.dispatch import Decision, check_form, check_nonfinite
@@ -151,9 +152,9 @@ class ShiftwiseConv2d(AsConv2d, nn.Module):
         return self._planner.decision
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._takes_shortcuts and not torch.compiler.is_dynamo_compiling():
-            shortcut = self._planner.shortcut
-            if shortcut is not None and (y := shortcut(x)) is not None:
+        if not is_dynamo_compiling() and (shortcut := self._planner.shortcut) is not None:
+            y = shortcut(x)
+            if y is not None:
                 return y
         if isinstance(x, torch.fx.Proxy):  # to every FX tracer this module is a leaf, as nn.Conv2d is
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]

@@ -46,11 +46,12 @@ def shortcut(layer: nn.Module, like: Tensor, step: Step, watch: Watch) -> Shortc
     if found is None or parameters.get("gain") is not None or buffers.get("mask") is not None:
         return None
     bank: Tensor = found
-    other: Tensor = bank if bias is None else bias
-    versions, addresses = (bank._version, other._version), (bank.data_ptr(), other.data_ptr())
+    version, address = bank._version, bank.data_ptr()
+    if bias is not None:
+        bias_version, bias_address = bias._version, bias.data_ptr()
     module, part, parameter, buffer = modules.get, parts.get, parameters.get, buffers.get
     run, dispatched, shape, strides, dtype = *step, like.shape, like.stride(), like.dtype
-    grad_enabled, autocasts, tracing = torch.is_grad_enabled, torch.is_autocast_enabled, torch._C._is_tracing
+    grad_enabled, autocasts, tracing = torch.is_grad_enabled, torch._C._is_any_autocast_enabled, torch._C._is_tracing
     modes, transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
     wants_gradients, steps, optimized = watch.wants_gradients, Steps, watch.step
 
@@ -61,8 +62,9 @@ def shortcut(layer: nn.Module, like: Tensor, step: Step, watch: Watch) -> Shortc
             and x.shape == shape
             and parameter("bank") is bank
             and parameter("bias") is bias
-            and (bank._version, other._version) == versions
-            and (bank.data_ptr(), other.data_ptr()) == addresses
+            and bank._version == version
+            and bank.data_ptr() == address
+            and (bias is None or (bias._version == bias_version and bias.data_ptr() == bias_address))
             and module("branches") is branches
             and part("0") is branch
             and len(parts) == 1
@@ -70,7 +72,7 @@ def shortcut(layer: nn.Module, like: Tensor, step: Step, watch: Watch) -> Shortc
             and parameter("gain") is None
             and buffer("mask") is None
             and steps.last is optimized
-            and not autocasts("cpu")
+            and not autocasts()
             and not (grad_enabled() and (x.requires_grad or wants_gradients()))
             and (dispatched or (x.stride() == strides and x.dtype is dtype and x.is_cpu))
             and (dispatched or (forward_ad._current_level < 0 and not modes() and not transforms()))

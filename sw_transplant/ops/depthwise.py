@@ -20,7 +20,6 @@ from sw_transplant.ops.whole_map import Size, diagonal_sums
 WIDEST = 14  # taps along a row that oneDNN's kernels for contiguous maps take
 NATIVE = (torch.float32, torch.bfloat16)  # what oneDNN has kernels for
 HANGING_CHANNELS = 16  # up to which wide kernels in bfloat16 and channels_last may never return
-SMALL_MAP, SMALL_WORK = 20_000, 1_500_000  # numbers of a batch and multiplications, for which packed weights win
 ENOUGH_POSITIONS = 256  # of all maps of a batch: below that, the overhead of several products outweighs their speed
 
 
@@ -40,10 +39,11 @@ class Step(NamedTuple):
 class DepthwiseConv2d:
     """A depthwise convolution with given weights, for one size of map: `torch.nn.functional.conv2d` with groups = C.
 
-    On a CPU, what runs more than once without gradients gets its weights packed as oneDNN wants them: PyTorch packs
-    them in every call, which takes longer than a small convolution itself (channels_last 40 x 40 x 40, 7 x 7: 0.14 and
-    0.09 ms). For small maps that pays for turning them to channels_last, too (contiguous 192 x 7 x 7: 0.071 and 0.055
-    ms; 192 x 14 x 14: 0.109 and 0.118). The same call gives the same bits, packed or not yet.
+    On a CPU, what runs more than once on maps in channels_last without gradients gets its weights packed as oneDNN
+    wants them: PyTorch packs them in every call, which takes longer than a small convolution itself (40 x 40 x 40, 7 x
+    7: 0.14 and 0.09 ms). The same call gives the same bits, packed or not yet. Small contiguous maps are not turned
+    for that: in a loop of their own it pays (192 x 7 x 7: 0.071 and 0.055 ms), within a network it costs (MCUNet, 160
+    x 11 x 11: 0.15 and 0.20 ms).
 
     Args:
         weight: (C_out, 1, kh, kw), C_out a multiple of C.
@@ -60,7 +60,6 @@ class DepthwiseConv2d:
         self._packs = native and not weight.requires_grad
         # Of the middle of a kernel, PyTorch would make a copy in every call.
         self.weight = weight.contiguous() if self._packs else weight
-        self._most = min(SMALL_MAP, SMALL_WORK // (weight.shape[2] * weight.shape[3]))
         self._runs = 0
         self._packed: Tensor | None = None
 
@@ -94,7 +93,7 @@ class DepthwiseConv2d:
 
     def _turns(self, x: Tensor) -> bool:
         """Whether a call that packs takes the map in channels_last."""
-        return self._too_wide or x.numel() <= self._most or is_channels_last(x)
+        return self._too_wide or is_channels_last(x)
 
     def _rest(self, x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
         """What PyTorch's convolution with packed weights takes after a map in channels_last, with the channels of x."""

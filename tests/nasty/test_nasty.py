@@ -29,7 +29,7 @@ from tests.nasty.smaller import simpler
 from tests.nasty.source import source
 
 ROOT = Path(__file__).resolve().parents[2]
-SEEDS = list(itertools.islice((seed for seed in itertools.count() if not draw(seed).isolated), 60))
+SEEDS = list(itertools.islice((seed for seed in itertools.count() if not draw(seed).isolated), 100))
 LONG_RUN = 2000
 
 
@@ -66,6 +66,7 @@ def test_threads() -> None:
     _command("--threads", limit=120)
 
 
+@pytest.mark.early
 @pytest.mark.exhaustive
 def test_many_networks() -> None:
     _command(f"--count={LONG_RUN}", f"--jobs={os.cpu_count() or 1}", "--limit=60", limit=4 * 3600)
