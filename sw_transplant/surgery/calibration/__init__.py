@@ -13,6 +13,7 @@ docs/transplanting.md has the mathematics and the measurements. Read in this ord
     layer           from the sums to the module
     fit             the normal equations: bank, scales of the branches, bias
     orders          choosing the orders of the tiles
+    swaps           exchanges of places, tried by the normal equations that they change
     sensitivity     what errors of channels cost downstream
     ghosts          which channels bypass a module
     budget          how many of each layer, where one budget is for all
