@@ -1,8 +1,9 @@
-"""The command line: sw-transplant inspect | convert | verify | check | report | cache.
+"""The command line: sw-transplant inspect | convert | verify | check | report | cache | ladder | erf | cost | recipe.
 
 Read in this order:
 
     cli           the options of each command, and what the process prints and returns
+    command       what every command has: a parser, --json, --traceback
     commands      what each command does
     science       the commands about the papers
     erf           effective receptive fields

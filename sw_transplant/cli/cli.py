@@ -16,6 +16,7 @@ import torch
 
 from sw_transplant import __version__
 from sw_transplant.cli.certificates import run_check
+from sw_transplant.cli.command import add_command
 from sw_transplant.cli.commands import run_cache, run_convert, run_inspect, run_verify
 from sw_transplant.cli.load_model import InputError, one_line
 from sw_transplant.cli.pages import FIELD_IMAGES, run_report
@@ -148,17 +149,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_report(commands)
     _add_cache(commands)
-    add_science_commands(commands, _add_output, MODEL_HELP)
+    add_science_commands(commands, MODEL_HELP)
     return parser
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = _add_command(commands, "inspect", run_inspect, "show what would be converted, and what not and why")
+    parser = _add_model_command(commands, "inspect", run_inspect, "show what would be converted, and what not and why")
     _add_search(parser)
 
 
 def _add_convert(commands: Any) -> None:
-    parser = _add_command(commands, "convert", run_convert, "convert a model and save it")
+    parser = _add_model_command(commands, "convert", run_convert, "convert a model and save it")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FOLDER", help=f"gets {WEIGHTS_NAME} and {CONFIG_NAME}; default: not saved"
     )
@@ -170,7 +171,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def _add_verify(commands: Any) -> None:
-    parser = _add_command(commands, "verify", run_verify, "compare a model with its conversion, number by number")
+    parser = _add_model_command(commands, "verify", run_verify, "compare a model with its conversion, number by number")
     parser.add_argument(
         "--converted", type=Path, metavar="FOLDER", help="what convert saved; default: the model is converted now"
     )
@@ -214,7 +215,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(commands: Any) -> None:
-    parser = _add_command(commands, "report", run_report, "write a page with tables, pictures and the certificate")
+    parser = _add_model_command(
+        commands, "report", run_report, "write a page with tables, pictures and the certificate"
+    )
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="%(default)s")
     parser.add_argument(
         "--receptive-field",
@@ -234,51 +237,33 @@ def _add_report(commands: Any) -> None:
 
 def _add_check(commands: Any) -> None:
     what = "check the certificate of a converted model again"
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "check",
-        help=what,
-        description=f"{what[0].upper()}{what[1:]}: its files, and with --model the comparison.\n\n{MODEL_HELP}",
-        epilog=f"examples:\n{EXAMPLES['check']}\n{EXIT_HELP}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(command=run_check)
+    description = f"{what[0].upper()}{what[1:]}: its files, and with --model the comparison.\n\n{MODEL_HELP}"
+    parser = add_command(commands, "check", run_check, what, description, _epilog("check"))
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="what convert --output FOLDER --certificate wrote")
     parser.add_argument("--model", metavar="MODEL", help="the original, see above; default: only files are checked")
     _add_weights(parser)
-    _add_output(parser)
 
 
 def _add_cache(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "cache",
-        help="show the compiled kernels on disk, or remove them",
-        description="Shows the CUDA kernels that were compiled and kept on disk.",
-        epilog=EXIT_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    description = "Shows the CUDA kernels that were compiled and kept on disk."
+    parser = add_command(
+        commands, "cache", run_cache, "show the compiled kernels on disk, or remove them", description, EXIT_HELP
     )
-    parser.set_defaults(command=run_cache)
     parser.add_argument("--clear", action="store_true", help="remove them; they are compiled again when needed")
-    _add_output(parser)
 
 
-def _add_command(
+def _add_model_command(
     commands: Any, name: str, command: Callable[[argparse.Namespace], Result], what: str
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=what,
-        description=f"{what[0].upper()}{what[1:]}.\n\n{MODEL_HELP}",
-        epilog=f"examples:\n{EXAMPLES[name]}\n{EXIT_HELP}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(command=command)
+    description = f"{what[0].upper()}{what[1:]}.\n\n{MODEL_HELP}"
+    parser = add_command(commands, name, command, what, description, _epilog(name))
     parser.add_argument("model", metavar="MODEL", help="see above")
     _add_weights(parser)
-    _add_output(parser)
     return parser
+
+
+def _epilog(name: str) -> str:
+    return f"examples:\n{EXAMPLES[name]}\n{EXIT_HELP}"
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
@@ -289,11 +274,6 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-classes", type=_count, metavar="N", help="outputs of the classifier; for a timm name")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
-    parser.add_argument("--traceback", action="store_true", help="show where bad input was noticed, too")
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:

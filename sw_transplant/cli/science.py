@@ -4,73 +4,56 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from sw_transplant.cli import cost, erf, recipe
+from sw_transplant.cli.command import add_command
 from sw_transplant.cli.results import Result
 from sw_transplant.science.cost import count_cost
 from sw_transplant.science.ladder import LADDER, Step
 from sw_transplant.tables import render_table
 
 
-def add_science_commands(commands: Any, add_output: Callable[[argparse.ArgumentParser], None], model_help: str) -> None:
-    """Adds the commands about the papers to the parser's subcommands; ``add_output`` gives one ``--json``."""
-    with_models = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    _add_command(
-        commands,
-        "ladder",
-        _add_ladder_options,
-        run_ladder,
-        add_output,
-        help="the steps from SLaK to SW, what each changes and costs",
-        description="Lists the steps of the ShiftwiseConv paper from SLaK to SW; each network is built and counted.",
+def add_science_commands(commands: Any, model_help: str) -> None:
+    """Adds the commands about the papers to the parser's subcommands; ``model_help`` says what MODEL can be."""
+    _add_ladder_options(
+        add_command(
+            commands,
+            "ladder",
+            run_ladder,
+            "the steps from SLaK to SW, what each changes and costs",
+            "Lists the steps of the ShiftwiseConv paper from SLaK to SW; each network is built and counted.",
+        )
     )
-    _add_command(
-        commands,
-        "erf",
-        erf.add_options,
-        erf.run_erf,
-        add_output,
-        help="effective receptive fields, as the papers' table and picture",
-        description=f"Measures which pixels contribute to the centre of the last map.\n\n{model_help}",
-        **with_models,
+    erf.add_options(
+        add_command(
+            commands,
+            "erf",
+            erf.run_erf,
+            "effective receptive fields, as the papers' table and picture",
+            f"Measures which pixels contribute to the centre of the last map.\n\n{model_help}",
+        )
     )
-    _add_command(
-        commands,
-        "cost",
-        cost.add_options,
-        cost.run_cost,
-        add_output,
-        help="parameters, multiplications and training memory, also without what is out of use",
-        description=f"Counts parameters and multiplications as the papers do.\n\n{model_help}",
-        **with_models,
+    cost.add_options(
+        add_command(
+            commands,
+            "cost",
+            cost.run_cost,
+            "parameters, multiplications and training memory, also without what is out of use",
+            f"Counts parameters and multiplications as the papers do.\n\n{model_help}",
+        )
     )
-    _add_command(
-        commands,
-        "recipe",
-        recipe.add_options,
-        recipe.run_recipe,
-        add_output,
-        help="how a published network was trained, as settings of timm",
-        description="Prints a published training as YAML for timm's train.py, with the commands that run it.",
+    recipe.add_options(
+        add_command(
+            commands,
+            "recipe",
+            recipe.run_recipe,
+            "how a published network was trained, as settings of timm",
+            "Prints a published training as YAML for timm's train.py, with the commands that run it.",
+        )
     )
-
-
-def _add_command(
-    commands: Any,
-    name: str,
-    add_options: Callable[[argparse.ArgumentParser], None],
-    run: Callable[[argparse.Namespace], Result],
-    add_output: Callable[[argparse.ArgumentParser], None],
-    **texts: Any,
-) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(name, allow_abbrev=False, **texts)
-    add_options(parser)
-    parser.set_defaults(command=run)
-    add_output(parser)
 
 
 def _add_ladder_options(parser: argparse.ArgumentParser) -> None:
