@@ -7,7 +7,8 @@ A SLaK trained on CIFAR-10 (`--data`: the folder with `slak_cifar10.safetensors`
 converted to the paper's modules. Of its 1000 images one half calibrates, without labels, and the other is counted; then
 the halves change places. A seed chooses which images of the calibrating half are used, and the conversion's seed. The
 small SLaK of examples/digits.py is calibrated on training images and counted on the 450 that it was not trained on.
-Settings are the defaults of `Calibration` and `distill`, which were chosen on calibrating halves alone.
+Settings are the defaults of `Calibration`, and for distillation those of `distilled`; they were chosen on calibrating
+halves alone.
 """
 
 from __future__ import annotations
@@ -91,13 +92,15 @@ def some(task: Task, count: int, seed: int) -> Tensor:
     return task.images[order[:count]]
 
 
-def flipped_and_moved(images: Tensor) -> Tensor:
-    """Half of them mirrored, each batch moved by up to 8 pixels: other views of the same images."""
+def other_views(images: Tensor) -> Tensor:
+    """Half of them mirrored, each batch moved by up to 8 pixels, every second with up to half of another in it."""
     mirrored = torch.rand(len(images), 1, 1, 1) < 0.5
     images = torch.where(mirrored, images.flip(3), images)
     down, across = torch.randint(0, 17, (2,)).tolist()
     height, width = images.shape[2:]
-    return F.pad(images, (8, 8, 8, 8), mode="reflect")[:, :, down : down + height, across : across + width]
+    images = F.pad(images, (8, 8, 8, 8), mode="reflect")[:, :, down : down + height, across : across + width]
+    share = torch.rand(len(images), 1, 1, 1) / 2 * (torch.rand(len(images), 1, 1, 1) < 0.5)
+    return images.lerp(images[torch.randperm(len(images))], share)
 
 
 def config(seed: int, **changes: Any) -> sw.SWConfig:
@@ -123,8 +126,17 @@ def from_nothing(task: Task, seed: int) -> nn.Module:
 
 def distilled(task: Task, seed: int, epochs: int = 10) -> nn.Module:
     student = calibrated(task, seed, 200, refit=True)
-    augment = flipped_and_moved
-    return distill(student, task.model, task.images, epochs=epochs, augment=augment, seed=seed, progress=False)
+    return distill(
+        student,
+        task.model,
+        task.images,
+        epochs=epochs,
+        learning_rate=1e-4,
+        batch_statistics=False,
+        augment=other_views,
+        seed=seed,
+        progress=False,
+    )
 
 
 GLOBAL = {"ghost_budget": "global"}

@@ -58,7 +58,6 @@ def main() -> None:
 
     def after_epoch(epoch: int, _: float) -> None:
         show(f"distilled, epoch {epoch}", model)
-        model.train()
 
     settings = {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate, "after_epoch": after_epoch}
     distill(model, trained.model, data.train_images, **settings)

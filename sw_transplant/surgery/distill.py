@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.calibration.progress import progress_bar
@@ -140,6 +141,7 @@ def distill(
     temperature: float = 1.0,
     feature_weight: float = 1.0,
     label_weight: float = 0.0,
+    batch_statistics: bool = True,
     augment: Callable[[Tensor], Tensor] | None = None,
     attach: Sequence[Any] = (),
     seed: int = 0,
@@ -156,11 +158,13 @@ def distill(
         epochs, learning_rate, weight_decay: of the training; the rate falls to 0 as half a cosine.
         batch_size: of tensors.
         temperature, feature_weight, label_weight: as in :class:`Distiller`.
+        batch_statistics: whether BatchNorms go by each batch, as in any training. False keeps the statistics that they
+            have, which are good after a calibration: then the training starts from the function that it left.
         augment: makes another batch of a batch of images; teacher and student see the same.
         attach: what follows the optimizer, with ``attach(optimizer)`` and ``detach()``:
             :class:`sw_transplant.sparsity.FilterSparsity` for instance, initialised before.
         seed: of the order of the images; the global generators are seeded for the training and then as they were.
-        after_epoch: is told the number of the epoch, from 1, and its mean loss.
+        after_epoch: is told the number of the epoch, from 1, and its mean loss; may leave the student in any mode.
         progress: show a bar on stderr where that is a terminal.
 
     Returns:
@@ -191,9 +195,9 @@ def distill(
             torch.manual_seed(seed)
             for follower in attach:
                 follower.attach(optimizer)
-            student.train()
             for epoch in range(1, epochs + 1):
                 bar(f"epoch {epoch}")
+                _train(student, batch_statistics)
                 total = 0.0
                 for batch in _batches(data, batch_size, seed + epoch):
                     images, labels, others = _read(batch, like)
@@ -222,6 +226,15 @@ def distill(
             if isinstance(module, ShiftwiseConv2d):
                 module.clear_cache()
     return student
+
+
+def _train(student: nn.Module, batch_statistics: bool) -> None:
+    """Train mode, but for BatchNorms that keep their statistics."""
+    student.train()
+    if not batch_statistics:
+        for module in student.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
 
 def _replaced_blocks(student: nn.Module, teacher: nn.Module) -> list[str]:

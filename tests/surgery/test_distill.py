@@ -56,6 +56,21 @@ def test_the_same_seed_gives_the_same_student(pair):
     )
 
 
+def test_batchnorms_keep_their_statistics_or_go_by_the_batch(pair):
+    student, teacher = pair
+    norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    before = [norm.running_mean.clone() for norm in norms]
+    weights = [norm.weight.clone() for norm in norms]
+    settings = {"epochs": 2, "batch_size": 16, "after_epoch": lambda *_: student.train()}
+    distill(student, teacher, images(32), batch_statistics=False, **settings)
+    assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
+    assert not any(torch.equal(norm.weight, weight) for norm, weight in zip(norms, weights, strict=True))
+    assert not any(norm.training for norm in norms)
+    distill(student, teacher, images(32), **settings)
+    assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
+
+
 def test_a_criterion_for_loops_of_ones_own(pair):
     student, teacher = pair
     x, labels = images(16), torch.arange(16) % 5
