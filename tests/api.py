@@ -25,11 +25,15 @@ LOCK = Path(__file__).with_name("api.json")
 COMMAND = "python -m tests.api --write"
 ROOMS = [
     "sw_transplant",
+    "sw_transplant.check",
     "sw_transplant.hf",
     "sw_transplant.layers",
     "sw_transplant.models",
+    "sw_transplant.report",
     "sw_transplant.science",
     "sw_transplant.sparsity",
+    "sw_transplant.surgery.calibration",
+    "sw_transplant.surgery.distill",
 ]
 
 

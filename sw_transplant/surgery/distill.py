@@ -21,6 +21,8 @@ from sw_transplant.surgery.calibration.progress import progress_bar
 from sw_transplant.surgery.calibration.responses import logits_of
 from sw_transplant.surgery.names import no_weight_decay
 
+__all__ = ["Distiller", "distill"]
+
 
 class Distiller:
     """The loss of a student against its teacher: a criterion for any training loop.
