@@ -1,10 +1,12 @@
 """The normal equations without shifted maps equal those that shifted maps give; fits solve them."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sw_transplant.layers.orders import draw_orders
+from sw_transplant.layers.orders import Orders, draw_orders
 from sw_transplant.surgery.calibration.compensation import Kept, all_offsets, compensate
 from sw_transplant.surgery.calibration.fit import (
     assembly,
@@ -15,9 +17,11 @@ from sw_transplant.surgery.calibration.fit import (
     rescale,
     solve,
     whole_taps,
+    without_residual,
 )
 from sw_transplant.surgery.calibration.moments import Accumulator, Taps
 from sw_transplant.surgery.calibration.orders import choose_orders
+from sw_transplant.surgery.calibration.swaps import swap
 
 
 def shifted(x, taps):
@@ -161,6 +165,28 @@ def test_chosen_orders_help_and_are_orders():
     torch.testing.assert_close(solve(posed, assembly(orders, posed.taps), ones, True).objective, after)
     again = choose_orders(posed, 2, 123, candidates=3, swaps=50, residual=True)
     assert all(torch.equal(a, b) for a, b in zip(orders, again[0], strict=True))
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_no_exchange_is_left_that_would_help(residual):
+    """After so many tries each of 24 was tried from where it ended; here every one is, by solving its equations."""
+    posed, _, _ = problem(size=(9, 9), length=12)
+    right, constant = without_residual(posed, residual)
+    ones, generator = torch.ones(3, 3, dtype=torch.float64), torch.Generator().manual_seed(0)
+
+    def objective(orders):
+        return solve(posed, assembly(orders, posed.taps), ones, residual).objective
+
+    first = draw_orders(3, 4, 2, 5)
+    start = objective(first)
+    found, reached = swap(posed, right, constant, first, start, 800, generator)
+    torch.testing.assert_close(reached, objective(found))
+    assert bool((reached < start).all())
+    assert torch.equal(first.horizontal, draw_orders(3, 4, 2, 5).horizontal)
+    for branch, edge, (t, u) in itertools.product((0, 1), (0, 1), itertools.combinations(range(4), 2)):
+        tried = [order.clone() for order in found]
+        tried[branch][edge][:, [t, u]] = found[branch][edge][:, [u, t]]
+        assert bool((objective(Orders(*tried)) > reached * (1 - 1e-9)).all())
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
