@@ -47,7 +47,6 @@ def nothing_source() -> KernelSource:
 def compile_job(job: Job) -> Cubin:
     """The machine code of a kernel."""
     source = job.factory(*job.key)
-    from cuda.core import Linker, LinkerOptions, ObjectCode
     from numba import cuda
 
     parameters = "".join(_letter(each) for each in source.signature.args)
@@ -55,9 +54,16 @@ def compile_job(job: Job) -> Cubin:
         source.function, source.signature.args, cc=job.capability, launch_bounds=source.launch_bounds
     )
     (entry,) = re.findall(r"\.entry\s+([\w$]+)", ptx)
-    options = LinkerOptions(arch=storage.architecture(job.capability))
-    image = Linker(ObjectCode.from_ptx(ptx.encode()), options=options).link("cubin").code
-    return Cubin(entry, parameters, bytes(image))
+    return Cubin(entry, parameters, link(ptx, job.capability)[0])
+
+
+def link(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
+    """The machine code of PTX, and what the assembler says of it: registers, spills."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    options = LinkerOptions(arch=storage.architecture(capability), ptxas_options=["-v"])
+    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
+    return bytes(linker.link("cubin").code), linker.get_info_log()
 
 
 def _letter(parameter: Any) -> str:

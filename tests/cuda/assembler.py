@@ -10,6 +10,7 @@ from pathlib import Path
 from numba import cuda
 from numba.cuda import compiler
 
+from sw_transplant.cuda.compiler import link
 from sw_transplant.cuda.sources import KernelSource
 
 
@@ -58,14 +59,20 @@ def check_assembled(
     return [_check(library.get_asm_str(cc=each), each, registers, folder) for each in capabilities]
 
 
+def _spills(report: str) -> bool:
+    (numbers,) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    return numbers != ("0", "0", "0")
+
+
 def _check(ptx: str, capability: tuple[int, int], registers: int, folder: Path) -> int:
     (folder / "kernel.ptx").write_text(ptx)
     command = [str(PTXAS), "-v", f"-arch=sm_{capability[0]}{capability[1]}", "kernel.ptx", "-o", "kernel.cubin"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = done.stderr
-    (numbers,) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert numbers == ("0", "0", "0"), report
+    if _spills(report):  # the linker that compiles for a launch has an assembler of its own: that one decides
+        report = link(ptx, capability)[1]
+    assert not _spills(report), f"ptxas: {done.stderr}\nlinker: {report}"
     (used,) = re.findall(r"Used (\d+) registers", report)
     assert int(used) <= registers, report
     assert re.search(r"\.extern \.shared \.align 16", ptx)
