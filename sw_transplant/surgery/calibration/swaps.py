@@ -45,9 +45,8 @@ def swap(
     """
     horizontal, vertical, identity = orders
     strips = torch.stack([horizontal, vertical])  # (2, E, C, T): the place of each tile
-    lowest = lowest.clone()
     edges, channels, tiles = horizontal.shape
-    device = strips.device
+    device, reached = strips.device, lowest.clone()
     every = torch.arange(channels, device=device)
     equations = _Equations(problem, right, assembly(orders, problem.taps).sum(1))
     for _ in range(count):
@@ -56,20 +55,22 @@ def swap(
         pair = torch.rand(channels, tiles, generator=generator).topk(2, 1).indices.to(device)  # two different tiles
         places = strips[branch[:, None], edge[:, None], every[:, None], pair]
         moved, onto = _taps_at(branch, places, problem.taps).unbind(1)
-        trial = _Trial(*_numbers(pair, problem.taps.tile).unbind(1), moved, onto)
-        promising = (constant - equations.reached_by(trial) < lowest).nonzero().flatten()
-        solved = equations.solved_after(trial.select(promising), promising)
-        value = constant[promising] - solved.reached()
-        better = value < lowest[promising]
-        kept = promising[better]
-        lowest[kept] = value[better]
-        equations.keep(trial.select(kept), kept, solved.select(better))
-        strips[branch[kept, None], edge[kept, None], kept[:, None], pair[kept]] = places[kept].flip(1)
-    return Orders(strips[0], strips[1], identity), lowest
+        trial = equations.tried(_Exchange(*_numbers(pair, problem.taps.tile).unbind(1), moved, onto))
+        value = constant - trial.reached
+        better = (value < reached).nonzero().flatten()
+        reached[better] = value[better]
+        equations.keep(trial, better)
+        strips[branch[better, None], edge[better, None], better[:, None], pair[better]] = places[better].flip(1)
+    # Solved anew: where equations are nearly singular, what was added up is not to be trusted.
+    found = Orders(strips[0], strips[1], identity)
+    reached = constant - _Equations(problem, right, assembly(found, problem.taps).sum(1)).reached()
+    worse = ~(reached < lowest)
+    strips[:, :, worse] = torch.stack([horizontal, vertical])[:, :, worse]
+    return found, torch.where(worse, lowest, reached)
 
 
-class _Trial(NamedTuple):
-    """One exchange in each channel, everything ``(C, n n)``.
+class _Exchange(NamedTuple):
+    """One in each channel, everything ``(C, n n)``.
 
     Attributes:
         first, second: the numbers of the bank that belong to the two tiles.
@@ -81,101 +82,87 @@ class _Trial(NamedTuple):
     moved: Tensor
     onto: Tensor
 
-    def select(self, channels: Tensor) -> _Trial:
+    def select(self, channels: Tensor) -> _Exchange:
         """That of some channels."""
-        return _Trial(*(each[channels] for each in self))
+        return _Exchange(*(each[channels] for each in self))
 
 
-class _Solved(NamedTuple):
-    """Normal equations for K numbers of a bank, and their solution.
+class _Trial(NamedTuple):
+    """What an exchange would make of the equations.
 
     Attributes:
-        normal, inverse: ``(C, K, K)``: N, and its inverse.
-        wanted, bank: ``(C, K)``: M'r, and the solution.
+        exchange: the exchange.
+        reached: ``(C,)``: by how much J would lie below that of no taps; NaN where that cannot be told.
+        sides: ``(C, 2 n n, K)``: [W, V]' times the inverse of N.
+        middle: ``(C, 2 n n, 2 n n)``: what the inverse loses is sides' times the inverse of this times sides.
+        more: ``(C, n n)``: M'r becomes M'r + V more.
     """
 
-    normal: Tensor
-    inverse: Tensor
-    wanted: Tensor
-    bank: Tensor
-
-    @classmethod
-    def of(cls, normal: Tensor, wanted: Tensor) -> _Solved:
-        """Solves them."""
-        inverse = torch.cholesky_inverse(factor_symmetric(normal))
-        return cls(normal, inverse, wanted, (inverse @ wanted[..., None])[..., 0])
-
-    def select(self, channels: Tensor) -> _Solved:
-        """Those of some channels."""
-        return _Solved(*(each[channels] for each in self))
-
-    def reached(self) -> Tensor:
-        """``(C,)``: by how much J lies below that of no taps."""
-        return (self.wanted * self.bank).sum(1)
+    exchange: _Exchange
+    reached: Tensor
+    sides: Tensor
+    middle: Tensor
+    more: Tensor
 
 
 class _Equations:
-    """Those of all channels for the orders that they have.
+    """Those of all channels for the orders that they have, and their solution.
 
     Attributes:
         gram, right: of the problem, G ``(C, P, P)`` and r ``(C, P)``.
         product: ``(C, P, K)``: G M.
-        solved: the normal equations.
+        inverse: ``(C, K, K)``: of N.
+        wanted, bank: ``(C, K)``: M'r, and the solution.
     """
 
     def __init__(self, problem: Problem, right: Tensor, made: Tensor) -> None:
         """made: M, the taps ``(C, P, K)`` that banks make."""
         self.gram, self.right, self.product = problem.gram, right, problem.gram @ made
-        self.solved = _Solved.of(made.mT @ self.product, (made.mT @ right[..., None])[..., 0])
+        self.inverse = torch.cholesky_inverse(factor_symmetric(made.mT @ self.product))
+        self.wanted = (made.mT @ right[..., None])[..., 0]
+        self.bank = (self.inverse @ self.wanted[..., None])[..., 0]
 
-    def reached_by(self, trial: _Trial) -> Tensor:
-        """``(C,)``: by how much J lies below that of no taps after an exchange; NaN where that cannot be told."""
-        _, inverse, _, bank = self.solved
-        every = torch.arange(len(bank), device=bank.device)
-        w = _rows(self.product, every, trial.onto, trial.moved)  # W', (C, n n, K)
-        along = w @ inverse
-        ww, wv = along @ w.mT, _columns(along, trial)
-        vv = _columns(_rows(inverse, every, trial.first, trial.second), trial)
+    def reached(self) -> Tensor:
+        """``(C,)``: by how much J lies below that of no taps."""
+        return (self.wanted * self.bank).sum(1)
+
+    def tried(self, exchange: _Exchange) -> _Trial:
+        """An exchange in every channel, as it would be."""
+        every = torch.arange(len(self.bank), device=self.bank.device)
+        w = _rows(self.product, every, exchange.onto, exchange.moved)  # W', (C, n n, K)
+        along, across = w @ self.inverse, _rows(self.inverse, every, exchange.first, exchange.second)
+        ww, wv, vv = along @ w.mT, _columns(along, exchange), _columns(across, exchange)
         one = torch.eye(w.shape[1], dtype=w.dtype, device=w.device).expand_as(ww)
-        middle = torch.cat(
-            [torch.cat([ww - self._quadratic(every, trial), wv + one], 2), torch.cat([wv.mT + one, vv], 2)], 1
-        )
-        more = self._more(every, trial)[..., None]  # M'r becomes M'r + V more
-        of_bank = (bank.gather(1, trial.first) - bank.gather(1, trial.second))[..., None]
-        seen = torch.cat([w @ bank[..., None] + wv @ more, of_bank + vv @ more], 1)
-        less = seen * torch.linalg.solve_ex(middle, seen).result
-        return self.solved.reached() + (more * (2 * of_bank + vv @ more)).sum((1, 2)) - less.sum((1, 2))
+        above = torch.cat([ww - self._quadratic(exchange), wv + one], 2)
+        middle = torch.cat([above, torch.cat([wv.mT + one, vv], 2)], 1)
+        more = _rows(self.right, every, exchange.onto, exchange.moved)[..., None]
+        of_bank = (self.bank.gather(1, exchange.first) - self.bank.gather(1, exchange.second))[..., None]
+        seen = torch.cat([w @ self.bank[..., None] + wv @ more, of_bank + vv @ more], 1)
+        less = (seen * torch.linalg.solve_ex(middle, seen).result).sum((1, 2))
+        reached = self.reached() + (more * (2 * of_bank + vv @ more)).sum((1, 2)) - less
+        return _Trial(exchange, reached, torch.cat([along, across], 1), middle, more[..., 0])
 
-    def solved_after(self, trial: _Trial, channels: Tensor) -> _Solved:
-        """The equations of some channels after their exchange, solved anew."""
-        w = _rows(self.product, channels, trial.onto, trial.moved)
-        one = torch.ones_like(trial.first, dtype=w.dtype)[..., None]
-        v = torch.zeros_like(w)  # V'
-        v.scatter_(2, trial.first[..., None], one).scatter_(2, trial.second[..., None], -one)
-        half = v.mT @ (w + self._quadratic(channels, trial) @ v / 2)
-        wanted = self.solved.wanted[channels] + (v * self._more(channels, trial)[..., None]).sum(1)
-        return _Solved.of(self.solved.normal[channels] + half + half.mT, wanted)
-
-    def keep(self, trial: _Trial, channels: Tensor, solved: _Solved) -> None:
+    def keep(self, trial: _Trial, channels: Tensor) -> None:
         """Carries out the exchange of some channels."""
-        for mine, new in zip(self.solved, solved, strict=True):
-            mine[channels] = new
-        change = _rows(self.gram, channels, trial.onto, trial.moved).mT  # G D
+        exchange, sides, more = trial.exchange.select(channels), trial.sides[channels], trial.more[channels]
+        self.inverse[channels] -= sides.mT @ torch.linalg.solve_ex(trial.middle[channels], sides).result
+        self.wanted[channels] = (
+            self.wanted[channels].scatter_add(1, exchange.first, more).scatter_add(1, exchange.second, -more)
+        )
+        self.bank[channels] = (self.inverse[channels] @ self.wanted[channels][..., None])[..., 0]
+        change = _rows(self.gram, channels, exchange.onto, exchange.moved).mT  # G D
         where = channels[:, None, None], torch.arange(change.shape[1], device=change.device)[:, None]
-        self.product[(*where, trial.first[:, None])] += change
-        self.product[(*where, trial.second[:, None])] -= change
+        self.product[(*where, exchange.first[:, None])] += change
+        self.product[(*where, exchange.second[:, None])] -= change
 
-    def _quadratic(self, channels: Tensor, trial: _Trial) -> Tensor:
+    def _quadratic(self, exchange: _Exchange) -> Tensor:
         """Q ``(C, n n, n n)``."""
-        both = torch.cat([trial.onto, trial.moved], 1)
-        block = self.gram[channels[:, None, None], both[:, :, None], both[:, None]]
-        size = trial.onto.shape[1]
+        both = torch.cat([exchange.onto, exchange.moved], 1)
+        every = torch.arange(len(both), device=both.device)
+        block = self.gram[every[:, None, None], both[:, :, None], both[:, None]]
+        size = exchange.onto.shape[1]
         half = block[:, :size] - block[:, size:]
         return half[:, :, :size] - half[:, :, size:]
-
-    def _more(self, channels: Tensor, trial: _Trial) -> Tensor:
-        """D'r ``(C, n n)``."""
-        return _rows(self.right, channels, trial.onto, trial.moved)
 
 
 def _rows(matrices: Tensor, channels: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
@@ -183,9 +170,9 @@ def _rows(matrices: Tensor, channels: Tensor, plus: Tensor, minus: Tensor) -> Te
     return matrices[channels[:, None], plus] - matrices[channels[:, None], minus]
 
 
-def _columns(lines: Tensor, trial: _Trial) -> Tensor:
+def _columns(lines: Tensor, exchange: _Exchange) -> Tensor:
     """``(C, n n, K)`` times V: ``(C, n n, n n)``."""
-    first, second = (each[:, None].expand(-1, lines.shape[1], -1) for each in (trial.first, trial.second))
+    first, second = (each[:, None].expand(-1, lines.shape[1], -1) for each in (exchange.first, exchange.second))
     return lines.gather(2, first) - lines.gather(2, second)
 
 
