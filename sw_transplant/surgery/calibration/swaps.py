@@ -54,8 +54,9 @@ def swap(
         edge = torch.randint(edges, (channels,), generator=generator).to(device)
         pair = torch.rand(channels, tiles, generator=generator).topk(2, 1).indices.to(device)  # two different tiles
         places = strips[branch[:, None], edge[:, None], every[:, None], pair]
+        first, second = _numbers(pair, problem.taps.tile).unbind(1)
         moved, onto = _taps_at(branch, places, problem.taps).unbind(1)
-        trial = equations.tried(_Exchange(*_numbers(pair, problem.taps.tile).unbind(1), moved, onto))
+        trial = equations.tried(_Exchange(first, second, moved, onto))
         value = constant - trial.reached
         better = (value < reached).nonzero().flatten()
         reached[better] = value[better]
@@ -151,9 +152,9 @@ class _Equations:
         )
         self.bank[channels] = (self.inverse[channels] @ self.wanted[channels][..., None])[..., 0]
         change = _rows(self.gram, channels, exchange.onto, exchange.moved).mT  # G D
-        where = channels[:, None, None], torch.arange(change.shape[1], device=change.device)[:, None]
-        self.product[(*where, exchange.first[:, None])] += change
-        self.product[(*where, exchange.second[:, None])] -= change
+        rows = torch.arange(change.shape[1], device=change.device)[:, None]
+        for numbers, part in ((exchange.first, change), (exchange.second, -change)):
+            self.product.index_put_((channels[:, None, None], rows, numbers[:, None]), part, accumulate=True)
 
     def _quadratic(self, exchange: _Exchange) -> Tensor:
         """Q ``(C, n n, n n)``."""
