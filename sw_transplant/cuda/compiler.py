@@ -57,11 +57,11 @@ def compile_job(job: Job) -> Cubin:
     return Cubin(entry, parameters, link(ptx, job.capability)[0])
 
 
-def link(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
-    """The machine code of PTX, and what the assembler says of it: registers, spills."""
+def link(ptx: str, capability: tuple[int, int], *flags: str) -> tuple[bytes, str]:
+    """The machine code of PTX, and what the assembler says of it: registers and spills, with the flag -v."""
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
-    options = LinkerOptions(arch=storage.architecture(capability), ptxas_options=["-v"])
+    options = LinkerOptions(arch=storage.architecture(capability), ptxas_options=list(flags) or None)
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
     return bytes(linker.link("cubin").code), linker.get_info_log()
 

@@ -71,7 +71,7 @@ def _check(ptx: str, capability: tuple[int, int], registers: int, folder: Path) 
     assert done.returncode == 0, done.stderr
     report = done.stderr
     if _spills(report):  # the linker that compiles for a launch has an assembler of its own: that one decides
-        report = link(ptx, capability)[1]
+        report = link(ptx, capability, "-v")[1]
     assert not _spills(report), f"ptxas: {done.stderr}\nlinker: {report}"
     (used,) = re.findall(r"Used (\d+) registers", report)
     assert int(used) <= registers, report
