@@ -54,7 +54,8 @@ def choose_gradient_plan(
         return None
     vector = vector or widest_vector(math, size[1])
     best: tuple[float, GradientPlan] | None = None
-    for shape in _shapes(math, size, sizes, origins, vector, channels_last):
+    for contiguous in _shapes(math, size, sizes, origins):
+        shape = dataclasses.replace(contiguous, vector=vector, channels_last=channels_last)
         tiles = -(-size[0] // shape.tile[0]) * -(-size[1] // shape.tile[1])
         work = _work(shape)
         for plan in _divisions(shape):
@@ -80,21 +81,13 @@ def fixed_turns(plan: GradientPlan) -> float:
     return (START_CYCLES + zeros + work.giving * plan.parts * plan.planes / plan.shares) / turn
 
 
-def _shapes(
-    math: str,
-    size: Size,
-    sizes: tuple[Size, ...],
-    origins: tuple[Size, ...],
-    vector: int,
-    channels_last: bool,
-) -> Iterator[GradientPlan]:
+def _shapes(math: str, size: Size, sizes: tuple[Size, ...], origins: tuple[Size, ...]) -> Iterator[GradientPlan]:
     """Tiles and lines; every group of lines on its own."""
     for kernels, tile in itertools.product(
         oriented(sizes, origins), itertools.product(_extents(size[0]), _extents(size[1]))
     ):
         whole = tuple(s if s == t else None for s, t in zip(size, tile, strict=True))
         plan = GradientPlan(math, kernels, (whole[0], whole[1]), tile, (1,) * len(sizes), 1, 1, 1, 255)
-        plan = dataclasses.replace(plan, vector=vector, channels_last=channels_last)
         if not plan.applies:
             continue
         needed = [4 * len(distances) for distances in plan.distances]
@@ -113,16 +106,14 @@ def _registers(plan: GradientPlan) -> int | None:
     too many.
 
     Beside the sums it wants the fragments of the gradient that a fragment of the map meets, and loads that are under
-    way, more of them where values of 16 bits come one by one; split operands, and sums of one plane at a time, double
-    that. A quarter of a multiprocessor has 512 registers
+    way; split operands, and sums of one plane at a time, double that. A quarter of a multiprocessor has 512 registers
     for a lane: these are the limits at which it takes one warp less.
     """
     needed, limits = plan.sums, ((40, 96), (72, 128), (104, 168), (MOST_SUMS, 255))
     if plan.math == "tf32x3":
         limits = ((16, 96), (24, 128), (36, 168), (72, 255))
     elif plan.packed:
-        free = 3 if plan.vector == 1 and not plan.channels_last else 4
-        needed += 4 * max(0, max(len(met) for band in plan.bands for _, met in band) - free)
+        needed += 4 * max(0, max(len(met) for band in plan.bands for _, met in band) - 4)
     return next((registers for limit, registers in limits if needed <= limit), None)
 
 
