@@ -156,7 +156,7 @@ def _registers(plan: Plan) -> int | None:
     sums = 4 * plan.blocks * plan.columns
     limits: tuple[tuple[int, int], ...]
     if plan.math == "tf32x3":
-        long = any(plan.contracted(axis) and plan.steps(axis) > 9 for axis in (0, 1))
+        long = any(plan.contracted(axis) and plan.steps(axis) > 8 for axis in (0, 1))
         limits = ((16, 168 if long else 128), (24 if long and plan.blocks > 1 else 32, 255))
     else:
         long = bool(plan.contracted(1)) and plan.steps(1) > 10
