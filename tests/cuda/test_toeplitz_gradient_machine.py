@@ -13,14 +13,13 @@ from sw_transplant.cuda.intrinsics import SIMULATOR
 from sw_transplant.cuda.toeplitz.division import Device
 from sw_transplant.cuda.toeplitz.gradient import launcher
 from sw_transplant.cuda.toeplitz.gradient.settings import choose_gradient_plan
-from sw_transplant.cuda.toeplitz.plan import widest_vector
 from sw_transplant.cuda.toeplitz.staging import DTYPES
 from sw_transplant.ops import toeplitz as operators
 from sw_transplant.ops.toeplitz_selftest import SELF_TESTS
 from tests.cuda.assembler import compile_to_ptx
 from tests.cuda.gradient_error import gradient_error
 from tests.cuda.ptx_machine import Machine, Program, bits_of
-from tests.cuda.toeplitz_cases import DEVICES, Layer, strips
+from tests.cuda.toeplitz_cases import Layer, plan_of_gpu, strips
 from tests.sampling import sample
 
 pytestmark = pytest.mark.skipif(SIMULATOR, reason="the simulator compiles nothing")
@@ -114,14 +113,7 @@ def test_self_test(
         one_image()
 
     def plan_for(x, grad, sizes, origins):
-        assert (not x.is_contiguous()) == channels_last
-        vector = widest_vector("tf32", x.shape[1] if channels_last else x.shape[3])
-        plan = choose_gradient_plan(
-            "tf32", x.shape[2:], tuple(sizes), tuple(origins), DEVICES[9, 0], vector, channels_last=channels_last
-        )
-        assert plan is not None
-        assert not channels_last or plan.channels < x.shape[1]
-        return plan
+        return plan_of_gpu(choose_gradient_plan, x, sizes, origins, channels_last)
 
     monkeypatch.setattr(kernels, "weight_grad_plan_for", plan_for)
     test.cache_clear()

@@ -14,7 +14,7 @@ from sw_transplant.cuda.toeplitz import launcher
 from sw_transplant.cuda.toeplitz.division import Device
 from sw_transplant.cuda.toeplitz.kernel import toeplitz_source
 from sw_transplant.cuda.toeplitz.launcher import divide
-from sw_transplant.cuda.toeplitz.plan import Plan, widest_vector
+from sw_transplant.cuda.toeplitz.plan import Plan
 from sw_transplant.cuda.toeplitz.settings import choose_plan
 from sw_transplant.cuda.toeplitz.staging import DTYPES
 from sw_transplant.ops.toeplitz_reference import toeplitz_conv_reference
@@ -22,7 +22,7 @@ from sw_transplant.ops.toeplitz_selftest import SELF_TESTS
 from tests.cuda.assembler import compile_to_ptx
 from tests.cuda.lockstep import Cutting, Lockstep
 from tests.cuda.ptx_machine import Machine, Program, bits_of
-from tests.cuda.toeplitz_cases import DEVICES, Layer, Tiles, strips
+from tests.cuda.toeplitz_cases import Layer, Tiles, plan_of_gpu, strips
 from tests.sampling import sample
 
 pytestmark = pytest.mark.skipif(SIMULATOR, reason="the simulator compiles nothing")
@@ -136,14 +136,7 @@ def test_self_test(channels_last: bool, one_image: Callable[[], None], monkeypat
         )
 
     def plan_for(x, sizes, origins):
-        assert (not x.is_contiguous()) == channels_last
-        vector = widest_vector("tf32", x.shape[1] if channels_last else x.shape[3])
-        plan = choose_plan(
-            "tf32", x.shape[2:], tuple(sizes), tuple(origins), DEVICES[9, 0], vector, channels_last=channels_last
-        )
-        assert plan is not None
-        assert not channels_last or plan.channels < x.shape[1]
-        return plan
+        return plan_of_gpu(choose_plan, x, sizes, origins, channels_last)
 
     monkeypatch.setattr(launcher, "launch", launch)
     monkeypatch.setattr(launcher, "device_of", lambda index: SMALL)

@@ -1,7 +1,10 @@
 """The layers that the Toeplitz kernels are for: SLaK, SW, RepLKNet, UniRepLKNet, ConvNeXt; and detection's sizes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from sw_transplant.cuda.toeplitz.division import Device
 from sw_transplant.cuda.toeplitz.gradient.plan import GradientPlan
@@ -16,6 +19,16 @@ DEVICES = {
     (8, 0): Device(108, 163 * 1024, 164 * 1024),
     (8, 6): Device(84, 99 * 1024, 100 * 1024, warps=48, blocks=16),
 }
+
+
+def plan_of_gpu(choose: Callable[..., Any], x: Tensor, sizes: Any, origins: Any, channels_last: bool) -> Any:
+    """The plan that an sm_90 would get for a map of a self-test, which is in the memory format that is tested."""
+    assert (not x.is_contiguous()) == channels_last
+    vector = widest_vector("tf32", x.shape[1] if channels_last else x.shape[3])
+    plan = choose("tf32", x.shape[2:], tuple(sizes), tuple(origins), DEVICES[9, 0], vector, channels_last=channels_last)
+    assert plan is not None
+    assert not channels_last or plan.channels < x.shape[1]
+    return plan
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,13 @@ def fit_layer(problem: Problem, orders: Orders, residual: bool, rounds: int = 4)
     return fit
 
 
+def objective_of(problem: Problem, orders: Orders, right: Tensor, constant: Tensor) -> Tensor:
+    """``(C,)``: J of the best banks for given orders, branches unscaled; the rest as of :func:`without_residual`."""
+    made = assembly(orders, problem.taps).sum(1)  # (C, P, K)
+    wanted = (made.mT @ right[..., None])[..., 0]
+    return constant - (solve_symmetric(made.mT @ (problem.gram @ made), wanted) * wanted).sum(1)
+
+
 def without_residual(problem: Problem, residual: bool) -> tuple[Tensor, Tensor]:
     """Right sides ``(C, P)`` and constant ``(C,)`` of what is left to the bank where the module adds its input."""
     if not residual:

@@ -12,9 +12,8 @@ from torch import Tensor
 from sw_transplant.layers.orders import Orders, draw_orders
 from sw_transplant.surgery.calibration.fit import (
     Problem,
-    assembly,
     least_possible,
-    solve_symmetric,
+    objective_of,
     without_residual,
 )
 from sw_transplant.surgery.calibration.swaps import swap
@@ -49,9 +48,7 @@ def choose_orders(
     right, constant = without_residual(problem, residual)
     for number in range(candidates):
         drawn = Orders(*(o.to(device) for o in draw_orders(channels, tiles, edges, seed + number)))
-        made = assembly(drawn, problem.taps).sum(1)  # (C, P, K)
-        wanted = (made.mT @ right[..., None])[..., 0]
-        value = constant - (solve_symmetric(made.mT @ (problem.gram @ made), wanted) * wanted).sum(1)
+        value = objective_of(problem, drawn, right, constant)
         if best is None:
             best, before, lowest = drawn, value, value.clone()
         else:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sw_transplant.layers.orders import Orders
-from sw_transplant.surgery.calibration.fit import Problem, assembly, factor_symmetric
+from sw_transplant.surgery.calibration.fit import Problem, assembly, factor_symmetric, objective_of
 from sw_transplant.surgery.calibration.moments import Taps
 
 
@@ -64,7 +64,7 @@ def swap(
         strips[branch[better, None], edge[better, None], better[:, None], pair[better]] = places[better].flip(1)
     # Solved anew: where equations are nearly singular, what was added up is not to be trusted.
     found = Orders(strips[0], strips[1], identity)
-    reached = constant - _Equations(problem, right, assembly(found, problem.taps).sum(1)).reached()
+    reached = objective_of(problem, found, right, constant)
     worse = ~(reached < lowest)
     strips[:, :, worse] = torch.stack([horizontal, vertical])[:, :, worse]
     return found, torch.where(worse, lowest, reached)
@@ -123,10 +123,6 @@ class _Equations:
         self.wanted = (made.mT @ right[..., None])[..., 0]
         self.bank = (self.inverse @ self.wanted[..., None])[..., 0]
 
-    def reached(self) -> Tensor:
-        """``(C,)``: by how much J lies below that of no taps."""
-        return (self.wanted * self.bank).sum(1)
-
     def tried(self, exchange: _Exchange) -> _Trial:
         """An exchange in every channel, as it would be."""
         every = torch.arange(len(self.bank), device=self.bank.device)
@@ -140,7 +136,7 @@ class _Equations:
         of_bank = (self.bank.gather(1, exchange.first) - self.bank.gather(1, exchange.second))[..., None]
         seen = torch.cat([w @ self.bank[..., None] + wv @ more, of_bank + vv @ more], 1)
         less = (seen * torch.linalg.solve_ex(middle, seen).result).sum((1, 2))
-        reached = self.reached() + (more * (2 * of_bank + vv @ more)).sum((1, 2)) - less
+        reached = (self.wanted * self.bank).sum(1) + (more * (2 * of_bank + vv @ more)).sum((1, 2)) - less
         return _Trial(exchange, reached, torch.cat([along, across], 1), middle, more[..., 0])
 
     def keep(self, trial: _Trial, channels: Tensor) -> None:
