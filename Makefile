@@ -16,6 +16,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 # A file of tests stays in one process, which then makes what they share once; tests/conftest.py says in which order.
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadscope --no-loadscope-reorder --durations=10 $(PYTEST_FLAGS)
 SOURCES := sw_transplant tests examples benchmarks
+# Tests start many processes that import the package: it is compiled once, also where that is switched off.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -92,6 +92,7 @@ LATER = {
     *("timm coat_lite_tiny min_kernel=7", "timm efficientvit_m1 min_kernel=7", "timm edgenext_xx_small min_kernel=7"),
     *("timm fastvit_sa12 min_kernel=7", "timm focalnet_tiny_srf min_kernel=5", "timm mixnet_s min_kernel=7"),
     *("hf FocalNetForImageClassification min_kernel=7", "timm convnextv2_atto min_kernel=7"),
+    *("timm mambaout_femto min_kernel=7", "hf EfficientNet b0 min_kernel=5"),
     *("timm convmixer_768_32 min_kernel=7", "timm maxxvitv2_nano_rw_256 min_kernel=7", "timm iformer_t min_kernel=7"),
 }
 QUICK = [one for one, name in zip(PAIRS, _ids(PAIRS), strict=True) if name not in LATER]

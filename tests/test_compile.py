@@ -78,7 +78,7 @@ BATCHES = (2, 3, 15)  # from 16 on PyTorch's own convolutions get a second graph
 
 @pytest.mark.parametrize(
     ("form", "train"),
-    sample(product(FORMS, TRAIN), [("auto", True), ("shift", False), ("toeplitz", True)]),
+    sample(product(FORMS, TRAIN), [("auto", True), ("shift", False)]),
     ids=mode,
 )
 def test_one_graph_serves_every_batch(form: str, train: bool) -> None:
@@ -116,7 +116,7 @@ def test_a_whole_model(train: bool) -> None:
     check_batches(convert(model).train(train), "aot_eager", *(images(batch, 3, (40, 48)) for batch in (2, 3)))
 
 
-@pytest.mark.parametrize(("depths", "train"), sample(product(DEPTHS, TRAIN), [((1, 1, 1, 1), False)]), ids=mode)
+@pytest.mark.parametrize(("depths", "train"), sample(product(DEPTHS, TRAIN), []), ids=mode)
 def test_a_model_of_timm(depths: tuple[int, ...], train: bool) -> None:
     timm = pytest.importorskip("timm", reason="needs the timm extra")
     torch.manual_seed(0)
@@ -124,7 +124,7 @@ def test_a_model_of_timm(depths: tuple[int, ...], train: bool) -> None:
     check_batches(model, "aot_eager", *(images(batch, 3, (64, 64)) for batch in (2, 3)))
 
 
-@pytest.mark.parametrize("form", sample(FORMS, ["auto", "shift"]))
+@pytest.mark.parametrize("form", sample(FORMS, ["auto"]))
 def test_another_map_size(form: str) -> None:
     """Square and oblong, odd and even, beyond the limits between the forms: as many graphs as it takes."""
     model = layer("strips", form)
@@ -134,7 +134,7 @@ def test_another_map_size(form: str) -> None:
         assert_same(compiled, model, uncompiled, images(2, CHANNELS, size))
 
 
-@pytest.mark.parametrize("form", sample(FORMS, ["gemm", "toeplitz"]))
+@pytest.mark.parametrize("form", sample(FORMS, ["toeplitz"]))
 def test_changes_after_compiling_are_seen(form: str) -> None:
     """Compiled code reads the weights at each call, whatever the uncompiled model has cached by then."""
     model, x = layer("strips", form), images(2, CHANNELS)
@@ -206,7 +206,7 @@ def test_a_merged_layer_is_traced_by_jit(name: str) -> None:
             assert error(traced(x), model(x)) <= BOUND
 
 
-@pytest.mark.parametrize("name", sample(LAYERS, ["strips", "square"]))
+@pytest.mark.parametrize("name", sample(LAYERS, ["strips"]))
 def test_a_merged_layer_exports_to_onnx(name: str, tmp_path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the onnx extra and onnxruntime")
     pytest.importorskip("onnxscript", reason="needs the onnx extra")

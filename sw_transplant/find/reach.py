@@ -9,6 +9,7 @@ from __future__ import annotations
 import dis
 import functools
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 from sw_transplant.find.code import functions_of
 
 _REGISTERED = frozenset({"_modules", "_parameters", "_buffers"})
-_PLAIN = (int, float, complex, str, bytes, bytearray, type(None), type, ModuleType, CodeType, torch.dtype, torch.device)
+_PLAIN = (
+    *(int, float, complex, str, bytes, bytearray, type(None), type, ModuleType, CodeType, torch.dtype, torch.device),
+    logging.Logger,  # which leads to every logger of the program
+)
 _READS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 _MOST = 50_000
 """So many objects are looked at from one attribute: what holds more holds the whole program."""

@@ -121,7 +121,7 @@ CASES = [
     Case("even and asymmetric", (15, 11), ((8, 4), (4, 6), (2, 2)), FEW, origins=((1, 3), (3, 0), (0, 2))),
     Case("beside the map", (9, 9), ((3, 5), (5, 3)), FEW, origins=((-2, 6), (7, -1)), channels=2),
     Case("channels last, strips", (13, 14), ((9, 3), (3, 9)), batch=3, channels=6, planes=4, turns=2),
-    Case("channels last, tiles", (20, 35), ((5, 5),), FEW, channels=3, planes=2, turns=2, division=cut(16, 16)),
+    Case("channels last, tiles", (10, 19), ((5, 5),), FEW, channels=3, planes=2, turns=2, division=cut(8, 16)),
     Case("four kernels on a pixel", (1, 1), ((5, 3), (3, 5), (3, 3), (1, 1)), FEW, batch=5, turns=2),
 ]
 

@@ -17,11 +17,12 @@ SHAPES = {
 }
 
 
-FEW = ("smaller", "planes,", "7 x 7", "asymmetric", "beside", "last, tiles", "pixel")
+# Words of the names of the cases.
+FEW = ("smaller", "planes,", "7 x 7", "last, tiles")
 
 
 @pytest.mark.early
-@pytest.mark.parametrize(("options", "runs"), sample([(FEW, 7), ((), 13), (("--all",), 29)], [(FEW, 7)]))
+@pytest.mark.parametrize(("options", "runs"), sample([(FEW, 4), ((), 13), (("--all",), 29)], [(FEW, 4)]))
 def test_bodies_in_the_simulator(simulate, options, runs: int) -> None:
     output = simulate("simulate_toeplitz_gradient.py", *options)
     assert output.count("relative error") == runs

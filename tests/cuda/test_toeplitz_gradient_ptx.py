@@ -13,9 +13,7 @@ from tests.cuda.toeplitz_ptx import NEEDS, cases, check
 
 pytestmark = NEEDS
 QUICK = [
-    (LAYERS[0], "tf32", (9, 0), 0),
     (LAYERS[0], "tf32x3", (8, 0), 0),
-    (LAYERS[6], "bfloat16", (9, 0), 0),
     (LAYERS[1], "tf32", (9, 0), 249),
 ]
 MORE = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import logging
 import types
 import weakref
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from sw_transplant import convert, inspect_model
 from sw_transplant.find.closures import stays_with_original
+from sw_transplant.find.reach import reach
 from tests.small_models import conv
 
 
@@ -298,3 +300,9 @@ def test_what_attributes_hold_is_found_wherever_it_is(habit) -> None:
     model = net()
     habit(model)
     assert "would go on using it" in inspect_model(model).skipped[0].reason
+
+
+def test_a_logger_is_not_looked_into() -> None:
+    """It leads to every logger of the program, of which a program has thousands, and their handlers."""
+    logger = logging.getLogger("some.logger")
+    assert list(reach({"logger": logger}, lambda _: False)) == [{"logger": logger}]

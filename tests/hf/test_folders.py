@@ -90,9 +90,8 @@ KINDS = {
 }
 IN_PARTS = ("part", "part, edges")
 # What is written and read takes seconds for each.
-NAMES = list(MODELS) if EXHAUSTIVE else ["ConvNext", "TimmWrapper", "UperNet"]
-GROWN = NAMES if EXHAUSTIVE else ["ConvNext", "TimmWrapper"]
-OF = {"dense": NAMES, "edges": GROWN, "part": PARTS, "part, edges": ["UperNet"]}
+NAMES = list(MODELS) if EXHAUSTIVE else ["ConvNext", "TimmWrapper"]
+OF = {"dense": NAMES, "edges": NAMES, "part": PARTS, "part, edges": ["UperNet"]}
 CASES = [(name, kind) for name in NAMES for kind in KINDS if name in OF.get(kind, ["ConvNext"])]
 PIPELINES = [(name, "AutoModelForImageClassification") for name in ("ConvNext", "TimmWrapper")]
 DENSE = [(name, kind) for name, kind in CASES if kind in ("dense", "part")]

@@ -22,7 +22,7 @@ Read = Callable[[], Tensor | None]
 
 def seed_all(seed: int) -> None:
     """The same state for PyTorch, Python and NumPy."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed notes its caller's stack for each absent device
     random.seed(seed)
     np.random.seed(seed)
 

@@ -463,7 +463,7 @@ def _train_alone(rank, folder):
 
 
 def test_two_processes_hold_the_same_masks_after_updates_on_different_data(tmp_path):
-    torch.multiprocessing.spawn(_train_alone, (tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(_train_alone, (tmp_path,), nprocs=2, start_method="fork")
     (first, weights), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert same(first, second)
     assert not torch.equal(weights["head.weight"], others["head.weight"])
