@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cuda
 from numba.cuda import types
 from numba.cuda.core import config
 
@@ -41,14 +40,33 @@ if SIMULATOR:
 
 else:
     from llvmlite import ir
+    from numba.cuda.compiler import compile_cuda
+    from numba.cuda.dispatcher import CUDADispatcher
     from numba.cuda.extending import intrinsic
 
+    ANY_CAPABILITY = (8, 0)
+    """Before NVVM nothing depends on it: every architecture gets the same functions."""
     _i64 = ir.IntType(64)
+
+    class DeviceFunction(CUDADispatcher):
+        """Typed and compiled once for each signature, and put into kernels by LLVM.
+
+        Numba's own inlining copies a function at each of its calls before types are known, which took two thirds of a
+        kernel's compilation. Numba's own device functions ask which device there is, even on the way to PTX.
+        """
+
+        def compile_device(self, args, return_type=None):
+            if args not in self.overloads:
+                options = {"nvvm_options": {"opt": 3}, "cc": ANY_CAPABILITY}
+                compiled = compile_cuda(self.py_func, return_type, args, forceinline=True, **options)
+                library = [compiled.library]
+                compiled.target_context.insert_user_function(compiled.entry_point, compiled.fndesc, library)
+                self.overloads[args] = compiled
+            return self.overloads[args]
 
     def device_function(function: Callable) -> Callable:
         """A function that kernels call."""
-        # Inlined before types are known: compiled on its own it would ask for a device, even on the way to PTX.
-        return cuda.jit(device=True, inline="always")(function)
+        return DeviceFunction(function, {"device": True, "forceinline": True})
 
     @intrinsic
     def advance(typing_context, memory, count):
