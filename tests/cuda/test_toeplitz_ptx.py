@@ -29,11 +29,10 @@ def test_some_kernels_assemble_without_spills(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("layer", "math", "channels", "family"), cases(LAYERS), ids=str)
-def test_all_kernels_assemble_without_spills(layer, math, channels: int, family: str, tmp_path) -> None:
+@pytest.mark.parametrize(("layer", "math", "channels"), cases(LAYERS), ids=str)
+def test_all_kernels_assemble_without_spills(layer, math, channels: int, tmp_path) -> None:
     check(
         lambda capability: layer.plan(math, capability, channels),
         lambda plan: toeplitz_source(plan, True, True),
-        family,
         tmp_path,
     )

@@ -17,27 +17,24 @@ NEEDS = [
     pytest.mark.skipif(SIMULATOR, reason="the simulator compiles nothing"),
 ]
 CHANNELS = (0, 124, 249)  # of channels_last maps; 0 for contiguous ones
-FAMILIES = {"data centres": ((9, 0), (10, 0), (8, 0)), "desks": ((8, 6),)}
+CAPABILITIES = ((9, 0), (10, 0), (8, 0), (8, 6))
 
 
-def cases(layers: list[Layer]) -> list[tuple[Layer, str, int, str]]:
-    """Every layer with every math, memory format and family of devices."""
-    return list(product(layers, MATHS, CHANNELS, FAMILIES))
+def cases(layers: list[Layer]) -> list[tuple[Layer, str, int]]:
+    """Every layer with every math and memory format."""
+    return list(product(layers, MATHS, CHANNELS))
 
 
-def check(
-    plan_of: Callable[[tuple[int, int]], Any], source_of: Callable[[Any], KernelSource], family: str, folder: Path
-) -> None:
-    """Assembles the plans that devices of a family have for a layer, each once, for all devices that have it.
+def check(plan_of: Callable[[tuple[int, int]], Any], source_of: Callable[[Any], KernelSource], folder: Path) -> None:
+    """Assembles the plans that devices have for a layer, each once, for all devices that have it.
 
     Args:
         plan_of: the plan for a compute capability; None where there is no room for several channels.
         source_of: the kernel of a plan.
-        family: of `FAMILIES`.
         folder: for files.
     """
     found: dict[Any, list[tuple[int, int]]] = {}
-    for capability in FAMILIES[family]:
+    for capability in CAPABILITIES:
         if assembles(capability) and (plan := plan_of(capability)) is not None:
             found.setdefault(plan, []).append(capability)
     for plan, capabilities in found.items():
