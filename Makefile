@@ -31,7 +31,7 @@ demo: $(VENV)/.demo ## Convert a trained network and show that it still gives th
 
 test: lint pytest ## Lint, type check and test: minutes
 
-test-all: lint ## The same with the tests that take long: hours
+test-all: lint ## The same with the tests that take long: more than an hour
 	SW_EXHAUSTIVE=1 $(PYTEST)
 
 lint: $(VENV)/.test ## Check style, formatting and types

@@ -1,6 +1,6 @@
 """Which of timm's large-kernel models convert, and whether they stay the same function.
 
-A sample runs with the other tests, every model with the exhaustive ones (an hour); or, to be able to interrupt it,
+A sample runs with the other tests, every model with the exhaustive ones (20 minutes); or, to be able to interrupt it,
 
     python -m tests.test_survey --out survey.jsonl
 
