@@ -116,7 +116,8 @@ def test_a_whole_model(train: bool) -> None:
     check_batches(convert(model).train(train), "aot_eager", *(images(batch, 3, (40, 48)) for batch in (2, 3)))
 
 
-@pytest.mark.parametrize(("depths", "train"), sample(product(DEPTHS, TRAIN), []), ids=mode)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("depths", "train"), product(DEPTHS, TRAIN), ids=mode)
 def test_a_model_of_timm(depths: tuple[int, ...], train: bool) -> None:
     timm = pytest.importorskip("timm", reason="needs the timm extra")
     torch.manual_seed(0)

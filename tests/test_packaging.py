@@ -1,4 +1,4 @@
-"""What an import costs, and that the project names no machine."""
+"""What an import loads, and that the project names no machine."""
 
 import json
 import re

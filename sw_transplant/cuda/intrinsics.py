@@ -57,16 +57,16 @@ else:
 
         def compile_device(self, args, return_type=None):
             if args not in self.overloads:
-                options = {"nvvm_options": {"opt": 3}, "cc": ANY_CAPABILITY}
-                compiled = compile_cuda(self.py_func, return_type, args, forceinline=True, **options)
-                library = [compiled.library]
-                compiled.target_context.insert_user_function(compiled.entry_point, compiled.fndesc, library)
-                self.overloads[args] = compiled
+                made = compile_cuda(
+                    self.py_func, return_type, args, forceinline=True, nvvm_options={"opt": 3}, cc=ANY_CAPABILITY
+                )
+                made.target_context.insert_user_function(made.entry_point, made.fndesc, [made.library])
+                self.overloads[args] = made
             return self.overloads[args]
 
     def device_function(function: Callable) -> Callable:
         """A function that kernels call."""
-        return DeviceFunction(function, {"device": True, "forceinline": True})
+        return DeviceFunction(function, {"device": True})
 
     @intrinsic
     def advance(typing_context, memory, count):

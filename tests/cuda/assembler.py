@@ -1,5 +1,6 @@
 """Kernels through the compiler and the assembler of CUDA, on any machine: PTX, registers, spills."""
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -29,6 +30,7 @@ MOST_SPILLED = {(10, 0): 32}
 device was at hand to tune plans for, and 55 x 57 maps in 16 bits spill 28 bytes there. Elsewhere nothing is spilled."""
 
 
+@functools.cache
 def assembles(capability: tuple[int, int]) -> bool:
     """Whether the assembler knows an architecture: new ones come with new toolkits."""
     known = subprocess.run([str(PTXAS), "--help"], capture_output=True, text=True).stdout if PTXAS else ""
@@ -46,7 +48,7 @@ def check_assembled(
 ) -> list[int]:
     """Asserts that a kernel keeps to its registers and needs no local memory, on each of some architectures.
 
-    Numba's front end takes ten times as long as all that follows, and knows nothing of the architecture: it runs once.
+    Numba's front end takes longer than all that follows, and knows nothing of the architecture: it runs once.
 
     Returns:
         Registers of a thread, for each capability.
@@ -62,6 +64,15 @@ def check_assembled(
     return [_check(library.get_asm_str(cc=each), each, registers, folder) for each in capabilities]
 
 
+def assemble(ptx: str, capability: tuple[int, int], folder: Path) -> str:
+    """What the assembler says of PTX: registers, local memory, spills. Its files lie in the folder."""
+    (folder / "kernel.ptx").write_text(ptx)
+    command = [str(PTXAS), "-v", f"-arch=sm_{capability[0]}{capability[1]}", "kernel.ptx", "-o", "kernel.cubin"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 def _spilled(report: str) -> int:
     """Bytes of a thread's local memory, and of what is stored there."""
     (numbers,) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
@@ -69,14 +80,10 @@ def _spilled(report: str) -> int:
 
 
 def _check(ptx: str, capability: tuple[int, int], registers: int, folder: Path) -> int:
-    (folder / "kernel.ptx").write_text(ptx)
-    command = [str(PTXAS), "-v", f"-arch=sm_{capability[0]}{capability[1]}", "kernel.ptx", "-o", "kernel.cubin"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    report = done.stderr
+    first = report = assemble(ptx, capability, folder)
     if _spilled(report):  # the linker that compiles for a launch has an assembler of its own: that one decides
         report = link(ptx, capability, "-v")[1]
-    assert _spilled(report) <= MOST_SPILLED.get(capability, 0), f"ptxas: {done.stderr}\nlinker: {report}"
+    assert _spilled(report) <= MOST_SPILLED.get(capability, 0), f"ptxas: {first}\nlinker: {report}"
     (used,) = re.findall(r"Used (\d+) registers", report)
     assert int(used) <= registers, report
     assert re.search(r"\.extern \.shared \.align 16", ptx)
