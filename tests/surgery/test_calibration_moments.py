@@ -1,23 +1,22 @@
 """The normal equations without shifted maps equal those that shifted maps give; fits solve them."""
 
 import itertools
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sw_transplant.layers.orders import Orders, draw_orders
+from sw_transplant.surgery.calibration.assembly import Assembly
+from sw_transplant.surgery.calibration.channels import each_part
 from sw_transplant.surgery.calibration.compensation import Kept, all_offsets, compensate
 from sw_transplant.surgery.calibration.fit import (
-    assembly,
     error_of,
     fit_layer,
     least_possible,
     pose,
-    rescale,
-    solve,
     whole_taps,
-    without_residual,
 )
 from sw_transplant.surgery.calibration.moments import Accumulator, Taps
 from sw_transplant.surgery.calibration.orders import choose_orders
@@ -94,6 +93,85 @@ def problem(channels=3, size=(9, 8), length=11, ridge=1e-3, images=30, stride=(1
     return pose(sums.moments().spread(taps), taps, full, energy, ridge), x, y
 
 
+@pytest.mark.parametrize(("length", "tile"), [(13, 3), (8, 4), (10, 5), (7, 2)])
+def test_normal_equations_are_those_of_the_taps_that_a_bank_makes(length, tile):
+    """Against the matrix of the map, column by column, and tiles that are laid out one by one."""
+    torch.manual_seed(0)
+    taps = Taps(length, tile, (9, 9), (9, 9), (1, 1))
+    tiles = taps.whole // tile
+    orders, scales = draw_orders(5, tiles, 3, 1), torch.randn(5, 3, dtype=torch.float64)
+    assembly, plain = Assembly(orders, taps, scales), Assembly(orders, taps)
+    numbers, count = tiles * tile**2, 2 * tile * taps.whole
+    units = torch.eye(numbers, dtype=torch.float64)
+    matrix = torch.stack([assembly.parts(unit.expand(5, -1).contiguous()) for unit in units], 3)  # (C, 3, P, K)
+    laid = torch.zeros(5, 3, count, numbers, dtype=torch.float64)
+    for c, e, t, i, j in itertools.product(range(5), range(3), range(tiles), range(tile), range(tile)):
+        number = (t * tile + i) * tile + j
+        laid[c, 0, i * taps.whole + int(orders.horizontal[e, c, t]) * tile + j, number] += scales[c, 0]
+        row = int(orders.vertical[e, c, t]) * tile + i
+        laid[c, 1, tile * taps.whole + row * tile + j, number] += scales[c, 1]
+        if int(orders.identity[e, c]) == t:
+            laid[c, 2, taps.twins[i * tile + j, 0], number] += scales[c, 2]
+    torch.testing.assert_close(matrix, laid)
+    root = torch.randn(5, count, count, dtype=torch.float64)
+    gram, whole = root @ root.mT, laid.sum(1)
+    torch.testing.assert_close(assembly.gather(gram), laid.mT @ gram[:, None])
+    torch.testing.assert_close(assembly.products(gram), gram @ whole)
+    torch.testing.assert_close(assembly.normal(assembly.products(gram)), whole.mT @ gram @ whole)
+    blocks = plain.by_branch(gram)
+    scaled = (blocks * scales[:, :, None, None, None] * scales[:, None, :, None, None]).sum((1, 2))
+    torch.testing.assert_close(scaled, whole.mT @ gram @ whole)
+
+
+def test_threads_share_the_channels_and_nothing_else():
+    before = torch.get_num_threads()
+    seen = []
+
+    def work(some):
+        seen.append((threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
+        started.wait(60)
+        return some
+
+    try:
+        torch.set_num_threads(2)
+        started = threading.Barrier(2)
+        assert each_part(work, torch.zeros(50), 16) == [slice(0, 16), slice(16, 32), slice(32, 48), slice(48, 50)]
+        assert len({thread for thread, _, _ in seen}) == 2
+        assert {each[1:] for each in seen} == {(1, False)}
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError):
+            each_part(lambda some: 1 // some.start, torch.zeros(50), 16)
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        seen.clear()
+        started = threading.Barrier(1)
+        assert len(each_part(work, torch.zeros(50), 16)) == 4
+        assert set(seen) == {(threading.get_ident(), 1, False)}
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sums_are_exact_whatever_modes_the_caller_is_in(threads):
+    taps, before = Taps(11, 3, (9, 8), (9, 8), (1, 1)), torch.get_num_threads()
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 6, 40, 9, 8)
+    plain, cast = Accumulator(taps), Accumulator(taps)
+    plain.add(x.double(), y.double())
+    try:
+        torch.set_num_threads(threads)
+        with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+            cast.add(x.requires_grad_(), y)
+    finally:
+        torch.set_num_threads(before)
+    for name, value in vars(cast.moments()).items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == torch.float64
+            assert not value.requires_grad
+            wanted = getattr(plain.moments(), name)
+            torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
 def test_free_strips_reach_what_is_a_strip():
     posed, _, _ = problem(ridge=1e-9)
     assert float((least_possible(posed) / posed.energy).max()) < 1e-6
@@ -105,7 +183,7 @@ def test_a_bank_that_made_the_targets_is_found(residual):
     orders = draw_orders(3, 4, 2, 5)
     torch.manual_seed(2)
     bank = torch.randn(3, 36, dtype=torch.float64)
-    kernel = torch.einsum("ckpb,cb->cp", assembly(orders, taps), bank)
+    kernel = Assembly(orders, taps).parts(bank).sum(1)
     if residual:
         kernel[:, taps.whole * -taps.across.start - taps.along.start] += 1
     posed, _, y = problem(kernel=kernel, ridge=1e-8)
@@ -127,11 +205,10 @@ def test_the_error_is_that_of_the_responses():
 
 def test_no_bank_is_better_than_the_solution():
     posed, _, _ = problem()
-    matrix = assembly(draw_orders(3, 4, 4, 1), posed.taps)
-    ones = torch.ones(3, 3, dtype=torch.float64)
-    fit = solve(posed, matrix, ones, True)
+    orders = draw_orders(3, 4, 4, 1)
+    fit = fit_layer(posed, orders, True, rounds=0)
     bank = fit.bank.flatten(1).clone().requires_grad_()
-    taps = torch.einsum("ckpb,cb->cp", matrix, bank)
+    taps = Assembly(orders, posed.taps).parts(bank).sum(1)
     centre = posed.taps.whole * -posed.taps.across.start - posed.taps.along.start
     taps = torch.cat([taps[:, :centre], taps[:, centre : centre + 1] + 1, taps[:, centre + 1 :]], 1)
     objective = (
@@ -140,49 +217,50 @@ def test_no_bank_is_better_than_the_solution():
     torch.testing.assert_close(objective, fit.objective)
     (gradient,) = torch.autograd.grad(objective.sum(), bank)
     assert float(gradient.norm()) < 1e-5 * float(posed.right.norm())
-    assert bool((rescale(posed, fit).objective <= fit.objective).all())
+    assert bool((fit_layer(posed, orders, True, rounds=1).objective <= fit.objective).all())
 
 
 def test_an_endless_ridge_is_least_squares_in_kernel_space():
     posed, _, _ = problem(ridge=1e9)
-    fit = solve(posed, assembly(draw_orders(3, 4, 4, 1), posed.taps), torch.ones(3, 3, dtype=torch.float64), False)
+    fit = fit_layer(posed, draw_orders(3, 4, 4, 1), False, rounds=0)
     other, _, _ = problem(ridge=1e7)
-    again = solve(other, assembly(draw_orders(3, 4, 4, 1), posed.taps), torch.ones(3, 3, dtype=torch.float64), False)
+    again = fit_layer(other, draw_orders(3, 4, 4, 1), False, rounds=0)
     torch.testing.assert_close(fit.bank, again.bank, rtol=1e-4, atol=1e-4)
 
 
 def test_chosen_orders_help_and_are_orders():
     posed, _, _ = problem(size=(9, 9), length=12)
-    orders, before, after = choose_orders(posed, 2, 123, candidates=3, swaps=50, residual=True)
+    orders, residual, before, after, least = choose_orders(posed, 2, 123, candidates=3, swaps=50)
     first = draw_orders(3, 4, 2, 123)
     assert bool((after <= before).all())
+    assert bool((least <= after).all())
     assert float(after.sum()) < 0.95 * float(before.sum())
     places = torch.arange(4, dtype=torch.int32).expand(2, 3, 4)
     for chosen in orders[:2]:
         assert torch.equal(chosen.sort(2).values, places)
     assert not torch.equal(orders.horizontal, first.horizontal)
-    ones = torch.ones(3, 3, dtype=torch.float64)
-    torch.testing.assert_close(solve(posed, assembly(orders, posed.taps), ones, True).objective, after)
-    again = choose_orders(posed, 2, 123, candidates=3, swaps=50, residual=True)
-    assert all(torch.equal(a, b) for a, b in zip(orders, again[0], strict=True))
+    torch.testing.assert_close(fit_layer(posed, orders, residual, rounds=0).objective, after)
+    both = [float(fit_layer(posed, first, each, rounds=0).objective.sum()) for each in (False, True)]
+    assert residual == (both[1] <= both[0])
+    again = choose_orders(posed, 2, 123, candidates=3, swaps=50)
+    assert all(torch.equal(a, b) for a, b in zip(orders, again.orders, strict=True))
 
 
 @pytest.mark.parametrize("residual", [True, False])
 def test_no_exchange_is_left_that_would_help(residual):
     """After so many tries each of 24 was tried from where it ended; here every one is, by solving its equations."""
     posed, _, _ = problem(size=(9, 9), length=12)
-    right, constant = without_residual(posed, residual)
-    ones, generator = torch.ones(3, 3, dtype=torch.float64), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def objective(orders):
-        return solve(posed, assembly(orders, posed.taps), ones, residual).objective
+        return fit_layer(posed, orders, residual, rounds=0).objective
 
     first = draw_orders(3, 4, 2, 5)
     start = objective(first)
-    found, reached = swap(posed, right, constant, first, start, 800, generator)
+    found = Orders(*(order.clone() for order in first))
+    reached = swap(posed, found, residual, torch.arange(3), 800, generator)
     torch.testing.assert_close(reached, objective(found))
     assert bool((reached < start).all())
-    assert torch.equal(first.horizontal, draw_orders(3, 4, 2, 5).horizontal)
     for branch, edge, (t, u) in itertools.product((0, 1), (0, 1), itertools.combinations(range(4), 2)):
         tried = [order.clone() for order in found]
         tried[branch][edge][:, [t, u]] = found[branch][edge][:, [u, t]]
@@ -202,13 +280,13 @@ def test_channels_together_reach_the_least_of_their_weighted_errors(mix, stride,
     kept.add(x, y)
     fit = fit_layer(posed, orders, residual)
     found = compensate(posed, fit, orders, kept, ghosts, weights, mix)
-    matrix, maps, target = assembly(orders, posed.taps), shifted(x, posed.taps), y.transpose(0, 1).flatten(1)
+    made, maps, target = Assembly(orders, posed.taps, fit.scales), shifted(x, posed.taps), y.transpose(0, 1).flatten(1)
     passed = x[:, :, :: stride[0], :: stride[1]].transpose(0, 1).flatten(1)
     active = torch.tensor([[1.0], [1.0], [0.0], [1.0]], dtype=torch.float64)
     diagonal = weights.diagonal() * active[:, 0]
 
     def weighted(bank, bias):
-        taps = torch.einsum("ckpb,cb,ck->cp", matrix, bank, fit.scales)
+        taps = made.parts(bank).sum(1)
         got = (maps @ taps[:, posed.taps.rows_of_whole, None])[..., 0] + bias[:, None] + passed * residual
         errors = active * got + (1 - active) * passed - target
         change = torch.zeros_like(taps)

@@ -11,7 +11,9 @@ docs/transplanting.md has the mathematics and the measurements. Read in this ord
     moments         second moments of a layer's input over the taps of strips, without making shifted maps
     sums            these over all runs, for maps of any sizes
     layer           from the sums to the module
-    fit             the normal equations: bank, scales of the branches, bias
+    channels        some of a layer's channels at a time, on all cores
+    assembly        the taps that banks make, and normal equations from that
+    fit             the least squares: bank, scales of the branches, bias
     orders          choosing the orders of the tiles
     swaps           exchanges of places, tried by the normal equations that they change
     sensitivity     what errors of channels cost downstream

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from sw_transplant.layers.orders import Orders
+from sw_transplant.surgery.calibration.assembly import Assembly, select_orders
+from sw_transplant.surgery.calibration.channels import each_part
 from sw_transplant.surgery.calibration.fit import (
     Fit,
     Problem,
-    assembly,
     centre_tap,
     error_of,
     factor_symmetric,
@@ -30,11 +31,13 @@ from sw_transplant.surgery.calibration.fit import (
     whole_taps,
     without_residual,
 )
-from sw_transplant.surgery.calibration.moments import Taps
+from sw_transplant.surgery.calibration.moments import Taps, computed_in
 
 _NUMBERS = 2**22
-"""Of the input maps that are kept: 32 MB in float64, and some ten times that while the problem is solved."""
+"""Of the input maps that are kept: 16 MB in float32, and some ten times that while the problem is solved."""
 _STEPS, _ENOUGH = 30, 1e-3
+_TOGETHER = 16
+"""Channels whose maps go through transforms at a time."""
 
 
 class Kept:
@@ -51,8 +54,7 @@ class Kept:
         if room < 1:
             return
         x, y = x[:room], y[:room]
-        device = "cpu" if x.device.type == "mps" else x.device
-        self.maps.append((x.to(device, torch.float64), y.to(device, torch.float64)))
+        self.maps.append((computed_in(x), computed_in(y)))
         self._numbers += x.numel()
         self.positions += y.shape[0] * y.shape[2] * y.shape[3]
 
@@ -72,25 +74,33 @@ class Maps:
 
     def respond(self, taps: Tensor) -> Tensor:
         """``(C, P)`` to ``(B, C, H', W')``."""
-        kernel = taps.new_zeros(len(taps), self.size[0] * self.size[1])
-        kernel.index_add_(1, self.places, taps[:, self.reaching])
-        spectrum = torch.fft.rfft2(kernel.view(-1, *self.size))
-        whole = torch.fft.irfft2(self.spectrum * spectrum.conj(), s=self.size)
-        return whole[:, :, : self.height : self.stride[0], : self.width : self.stride[1]]
+
+        def some(part: slice) -> Tensor:
+            values = taps[part, self.reaching].to(self.x)
+            kernel = values.new_zeros(len(values), self.size[0] * self.size[1]).index_add_(1, self.places, values)
+            spectrum = self.spectrum[:, part] * torch.fft.rfft2(kernel.view(-1, *self.size)).conj()
+            whole = torch.fft.irfft2(spectrum, s=self.size)
+            return whole[:, :, : self.height : self.stride[0], : self.width : self.stride[1]]
+
+        return torch.cat(each_part(some, taps, _TOGETHER), 1)
 
     def passed(self) -> Tensor:
         """``(B, C, H', W')``: the map where outputs are, as ghosts pass it on."""
         return self.x[:, :, :: self.stride[0], :: self.stride[1]]
 
     def gather(self, errors: Tensor) -> Tensor:
-        """``(B, C, H', W')`` to ``(C, P)``: the sums of products with what every tap reads."""
-        spread = errors.new_zeros(self.x.shape)
-        spread[:, :, :: self.stride[0], :: self.stride[1]] = errors
-        spectrum = (torch.fft.rfft2(spread, s=self.size).conj() * self.spectrum).sum(0)
-        sums = torch.fft.irfft2(spectrum, s=self.size).flatten(1)
-        taps = errors.new_zeros(errors.shape[1], len(self.reaching))
-        taps[:, self.reaching] = sums[:, self.places]
-        return taps
+        """``(B, C, H', W')`` to float64 ``(C, P)``: the sums of products with what every tap reads."""
+
+        def some(part: slice) -> Tensor:
+            spread = errors.new_zeros(self.x[:, part].shape)
+            spread[:, :, :: self.stride[0], :: self.stride[1]] = errors[:, part]
+            spectrum = (torch.fft.rfft2(spread, s=self.size).conj() * self.spectrum[:, part]).sum(0)
+            sums = torch.fft.irfft2(spectrum, s=self.size).flatten(1)
+            taps = sums.new_zeros(len(sums), len(self.reaching), dtype=torch.float64)
+            taps[:, self.reaching] = sums[:, self.places].double()
+            return taps
+
+        return torch.cat(each_part(some, errors.transpose(0, 1), _TOGETHER))
 
 
 def costs_together(problem: Problem, fit: Fit, kept: Kept, weights: Tensor, mix: float) -> tuple[Tensor, Tensor]:
@@ -110,7 +120,7 @@ def costs_together(problem: Problem, fit: Fit, kept: Kept, weights: Tensor, mix:
     of_both, of_changes = torch.zeros_like(weights), torch.zeros_like(weights)
     for x, y in kept.maps:
         each = Maps(x, y, problem)
-        errors = (each.respond(taps) + fit.bias[:, None, None] - y).transpose(0, 1).flatten(1)  # (C, positions)
+        errors = (each.respond(taps) + fit.bias.to(y)[:, None, None] - y).transpose(0, 1).flatten(1)  # (C, positions)
         changes = (each.passed() - y).transpose(0, 1).flatten(1) - errors
         of_both += changes @ errors.T
         of_changes += changes @ changes.T
@@ -138,12 +148,12 @@ def compensate(
     weights, diagonal = weights * scale, diagonal * scale
     active = torch.ones_like(diagonal)
     active[list(ghosts)] = 0
-    matrix = assembly(Orders(*(order.to(problem.gram.device) for order in orders)), problem.taps)
-    made = torch.einsum("ckpb,ck,c->cpb", matrix, fit.scales, active)
+    scales = fit.scales * active[:, None]
+    made = Assembly(orders, problem.taps, scales)
     right, _ = without_residual(problem, fit.residual)
     own = (1 - mix) * diagonal
-    normal = made.mT @ (problem.gram @ made)
-    products = (made.mT @ right[..., None])[..., 0]
+    normal = torch.cat(each_part(lambda some: _normal(problem, orders, scales, some), right))
+    products = made.gather(right[..., None]).sum(1)[..., 0]
     factor = factor_symmetric(normal * diagonal[:, None, None])
     share = mix * problem.moments.positions / kept.positions
     maps = [Maps(x, y, problem) for x, y in kept.maps]
@@ -151,15 +161,15 @@ def compensate(
     means = problem.moments.sums / problem.moments.positions
 
     def respond(each: Maps, bank: Tensor, bias: Tensor) -> Tensor:
-        taps = (made @ bank[..., None])[..., 0]
+        taps = made.parts(bank).sum(1)
         shift = (bias - (taps * means).sum(1)) * active
-        return each.respond(taps) + shift[:, None, None]
+        return each.respond(taps) + shift.to(each.x)[:, None, None]
 
     def gather(each: Maps, errors: Tensor) -> tuple[Tensor, Tensor]:
-        mixed = torch.einsum("cd,bdhw->bchw", weights, errors)
-        total = mixed.sum((0, 2, 3)) * active
+        mixed = (weights.to(errors) @ errors.flatten(2)).view_as(errors)
+        total = mixed.sum((0, 2, 3)).double() * active
         taps = each.gather(mixed) - total[:, None] * means
-        return (made.mT @ taps[..., None])[..., 0], total
+        return made.gather(taps[..., None]).sum(1)[..., 0], total
 
     def add_up(values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         return sum(v[0] for v in values) * share, sum(v[1] for v in values) * share  # type: ignore[return-value]
@@ -175,7 +185,7 @@ def compensate(
     mean_left = (mean_target - (means[:, centre] if fit.residual else 0)) * active
 
     def target(each: Maps) -> Tensor:
-        return each.y - passes[:, None, None] * each.passed()
+        return each.y - passes.to(each.y)[:, None, None] * each.passed()
 
     wanted = add_up([gather(each, target(each)) for each in maps])
     bank = fit.bank.flatten(1) * active[:, None]
@@ -207,10 +217,16 @@ def compensate(
         ready = precondition(left)
         previous, size = size, dot(left, ready)
         step = (ready[0] + size / previous * step[0], ready[1] + size / previous * step[1])
-    parts = torch.einsum("ckpb,cb->ckp", matrix, bank)
+    parts = Assembly(orders, problem.taps).parts(bank)
     found = replace(fit, bank=bank.view_as(fit.bank), parts=parts)
     found = replace(found, bias=bias - (found.taps * means).sum(1))
     return replace(found, error=error_of(problem, found))
+
+
+def _normal(problem: Problem, orders: Orders, scales: Tensor, some: slice) -> Tensor:
+    """The matrix of some channels' own normal equations."""
+    assembly = Assembly(select_orders(orders, some), problem.taps, scales[some])
+    return assembly.normal(assembly.products(problem.gram[some]))
 
 
 def all_offsets(taps: Taps) -> Tensor:

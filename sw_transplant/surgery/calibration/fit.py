@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from sw_transplant.layers.orders import Orders
+from sw_transplant.surgery.calibration.assembly import Assembly, select_orders
+from sw_transplant.surgery.calibration.channels import each_part
 from sw_transplant.surgery.calibration.moments import Moments, Taps
 
 _SMALLEST = 1e-10
@@ -53,7 +55,7 @@ class Problem:
         """``(C,)``: sum of squared deviations of the targets from their mean."""
         return self.moments.target_squared - self.moments.target.square() / self.moments.positions
 
-    def select(self, channels: Tensor) -> Problem:
+    def select(self, channels: Tensor | slice) -> Problem:
         """That of some channels."""
         tensors = {name: value[channels] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return Problem(**tensors, taps=self.taps, moments=self.moments.select(channels))
@@ -97,87 +99,90 @@ def pose(moments: Moments, taps: Taps, kernel: Tensor, kernel_energy: Tensor, ri
         kernel_energy: ``(C,)``.
         ridge: relative to the mean square of the input.
     """
-    count = moments.positions
-    gram = moments.gram - moments.sums[:, :, None] * moments.sums[:, None] / count
-    right = moments.right - moments.sums * moments.target[:, None] / count
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    scale = diagonal.sum(1) / (moments.gram.diagonal(dim1=1, dim2=2) > 0).sum(1).clamp(min=1)
-    weight = torch.where(scale > 0, ridge * scale, 1.0)
-    twins = _twins(taps).to(gram.device)
-    diagonal.add_(weight[:, None])
-    gram[:, twins[:, 0], twins[:, 1]] += weight[:, None]
-    gram[:, twins[:, 1], twins[:, 0]] += weight[:, None]
-    right = right + weight[:, None] * kernel
+    count, twins = moments.positions, taps.twins.to(moments.gram.device)
+    gram, weight = torch.empty_like(moments.gram), torch.empty_like(kernel_energy)
+
+    def pose_some(some: slice) -> None:
+        sums = moments.sums[some]
+        whole = torch.baddbmm(moments.gram[some], sums[:, :, None], sums[:, None], alpha=-1 / count, out=gram[some])
+        diagonal = whole.diagonal(dim1=1, dim2=2)
+        read = (moments.gram[some].diagonal(dim1=1, dim2=2) > 0).sum(1).clamp(min=1)
+        scale = diagonal.sum(1) / read
+        weight[some] = torch.where(scale > 0, ridge * scale, 1.0)
+        diagonal.add_(weight[some, None])
+        whole[:, twins[:, 0], twins[:, 1]] += weight[some, None]
+        whole[:, twins[:, 1], twins[:, 0]] += weight[some, None]
+
+    each_part(pose_some, gram)
+    right = moments.right - moments.sums * moments.target[:, None] / count + weight[:, None] * kernel
     constant = moments.target_squared - moments.target.square() / count + weight * kernel_energy
     return Problem(gram, right, constant, weight, kernel, kernel_energy, taps, moments)
 
 
-def assembly(orders: Orders, taps: Taps) -> Tensor:
-    """The taps that each number of a bank makes: float64 ``(C, 3, P, T n n)``, by branch; on the orders' device."""
-    horizontal, vertical, identity = (order.long() for order in orders)
-    _, channels, tiles = horizontal.shape
-    n, whole = taps.tile, taps.whole
-    place = torch.eye(tiles, dtype=torch.float64, device=horizontal.device)
-    along, down = place[horizontal].sum(0), place[vertical].sum(0)  # (C, tile, place): how many edges put it there
-    taken = place[identity].sum(0)  # (C, tile)
-    one = torch.eye(n, dtype=torch.float64, device=horizontal.device)
-    shape = (channels, n * whole, tiles * n * n)
-    rows = torch.einsum("ctp,ia,jb->cipjtab", along, one, one).reshape(shape)
-    columns = torch.einsum("ctp,ia,jb->cpijtab", down, one, one).reshape(shape)
-    small = torch.einsum("ct,ia,jb->cijtab", taken, one, one).reshape(channels, n * n, -1)
-    matrix = rows.new_zeros(channels, 3, 2 * n * whole, tiles * n * n)
-    matrix[:, 0, : n * whole] = rows
-    matrix[:, 1, n * whole :] = columns
-    matrix[:, 2, _twins(taps)[:, 0].to(rows.device)] = small
-    return matrix
-
-
-def solve(problem: Problem, matrix: Tensor, scales: Tensor, residual: bool) -> Fit:
-    """The best bank for given orders and scales.
+def fit_layer(problem: Problem, orders: Orders, residual: bool, rounds: int = 4) -> Fit:
+    """The best bank and scales of the branches for given orders: in turn, each in closed form.
 
     Args:
         problem: of the layer.
-        matrix: of :func:`assembly`.
-        scales: ``(C, 3)``.
+        orders: of its channels.
         residual: whether the module adds its input.
+        rounds: how often scales and bank take turns; 0 leaves all scales at 1.
     """
-    made = torch.einsum("ckpb,ck->cpb", matrix, scales)
-    right, _ = without_residual(problem, residual)
-    normal = made.mT @ (problem.gram @ made)
-    bank = solve_symmetric(normal, (made.mT @ right[..., None])[..., 0])
-    parts = torch.einsum("ckpb,cb->ckp", matrix, bank)
-    return _fit(problem, bank.view(len(bank), -1, problem.taps.tile, problem.taps.tile), parts, scales, residual)
+    parts = each_part(
+        lambda some: _fit_some(problem.select(some), select_orders(orders, some), residual, rounds), problem.right
+    )
+    tensors = {name: [getattr(part, name) for part in parts] for name in vars(parts[0]) if name != "residual"}
+    return Fit(**{name: torch.cat(values) for name, values in tensors.items()}, residual=residual)
 
 
-def rescale(problem: Problem, fit: Fit) -> Fit:
-    """The best scales of the branches for the bank of a fit."""
-    right, _ = without_residual(problem, fit.residual)
-    normal = fit.parts @ (problem.gram @ fit.parts.mT)
-    scales = solve_symmetric(normal, (fit.parts @ right[..., None])[..., 0])
-    better = _fit(problem, fit.bank, fit.parts, scales, fit.residual)
-    worse = ~(better.objective < fit.objective)
-    return _fit(problem, fit.bank, fit.parts, torch.where(worse[:, None], fit.scales, scales), fit.residual)
+def _fit_some(problem: Problem, orders: Orders, residual: bool, rounds: int) -> Fit:
+    assembly = Assembly(orders, problem.taps)
+    right, constant = without_residual(problem, residual)
+    channels = len(right)
+    normal = assembly.by_branch(problem.gram)  # (C, 3, 3, K, K)
+    wanted = assembly.gather(right[..., None])[..., 0]  # (C, 3, K)
 
+    def best_bank(scales: Tensor) -> Tensor:
+        pairs = (scales[:, :, None] * scales[:, None]).view(channels, 1, 9)
+        scaled = (pairs @ normal.view(channels, 9, -1)).view(normal[:, 0, 0].shape)
+        return solve_symmetric(scaled, (scales[:, None] @ wanted)[:, 0])
 
-def fit_layer(problem: Problem, orders: Orders, residual: bool, rounds: int = 4) -> Fit:
-    """The best bank and scales for given orders: in turn, each in closed form."""
-    matrix = assembly(Orders(*(order.to(problem.gram.device) for order in orders)), problem.taps)
-    ones = problem.right.new_ones(len(problem.right), 3)
-    fit = solve(problem, matrix, ones, residual)
+    def of_scales(bank: Tensor) -> tuple[Tensor, Tensor]:
+        """The normal equations of the scales for a bank: ``(C, 3, 3)``, ``(C, 3)``."""
+        images = (normal.flatten(1, 3) @ bank[..., None]).view(channels, 9, -1)
+        return (images @ bank[..., None]).view(channels, 3, 3), (wanted @ bank[..., None])[..., 0]
+
+    def reached(squares: Tensor, products: Tensor, scales: Tensor) -> Tensor:
+        return constant + (scales * ((squares @ scales[..., None])[..., 0] - 2 * products)).sum(1)
+
+    scales = right.new_ones(channels, 3)
+    bank = best_bank(scales)
+    equations = of_scales(bank)
+    objective = reached(*equations, scales)
     for _ in range(rounds):
-        scales = rescale(problem, fit).scales
-        better = solve(problem, matrix, scales, residual)
-        if not bool((better.objective < fit.objective * (1 - 1e-4)).any()):
+        rescaled = solve_symmetric(*equations)
+        rescaled = torch.where((reached(*equations, rescaled) < objective)[:, None], rescaled, scales)
+        better = best_bank(rescaled)
+        equations = of_scales(better)
+        value = reached(*equations, rescaled)
+        if not bool((value < objective * (1 - 1e-4)).any()):
             break
-        fit = better
-    return fit
+        bank, scales, objective = better, rescaled, value
+    return _fit(problem, bank, assembly.parts(bank), scales, residual)
 
 
-def objective_of(problem: Problem, orders: Orders, right: Tensor, constant: Tensor) -> Tensor:
-    """``(C,)``: J of the best banks for given orders, branches unscaled; the rest as of :func:`without_residual`."""
-    made = assembly(orders, problem.taps).sum(1)  # (C, P, K)
-    wanted = (made.mT @ right[..., None])[..., 0]
-    return constant - (solve_symmetric(made.mT @ (problem.gram @ made), wanted) * wanted).sum(1)
+def objectives(problem: Problem, orders: Orders) -> Tensor:
+    """``(C, 2)``: J of the best banks for given orders, branches unscaled; without the residual, and with it."""
+
+    def of_some(some: slice) -> Tensor:
+        posed, assembly = problem.select(some), Assembly(select_orders(orders, some), problem.taps)
+        sides = [without_residual(posed, residual) for residual in (False, True)]
+        wanted = assembly.gather(torch.stack([right for right, _ in sides], 2)).sum(1)  # (C, K, 2)
+        factor = factor_symmetric(assembly.normal(assembly.products(posed.gram)))
+        gained = (torch.cholesky_solve(wanted, factor) * wanted).sum(1)
+        return torch.stack([constant for _, constant in sides], 1) - gained
+
+    return torch.cat(each_part(of_some, problem.right))
 
 
 def without_residual(problem: Problem, residual: bool) -> tuple[Tensor, Tensor]:
@@ -196,8 +201,8 @@ def centre_tap(taps: Taps) -> int:
 
 def least_possible(problem: Problem) -> Tensor:
     """``(C,)``: J of strips whose taps are all free; no bank and no orders come below it."""
-    free = solve_symmetric(problem.gram, problem.right)
-    return problem.constant - (free * problem.right).sum(1)
+    free = each_part(lambda some: solve_symmetric(problem.gram[some], problem.right[some]), problem.right)
+    return problem.constant - (torch.cat(free) * problem.right).sum(1)
 
 
 def solve_symmetric(normal: Tensor, right: Tensor) -> Tensor:
@@ -207,11 +212,12 @@ def solve_symmetric(normal: Tensor, right: Tensor) -> Tensor:
 
 def factor_symmetric(normal: Tensor) -> Tensor:
     """Cholesky factors ``(C, K, K)`` of matrices that may be singular: with as little on the diagonal as is needed."""
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    jitter = _SMALLEST * diagonal.mean(1, keepdim=True)
+    jitter = _SMALLEST * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     jitter = torch.where(jitter > 0, jitter, 1.0)
     for _ in range(6):
-        factor, failed = torch.linalg.cholesky_ex(normal + torch.diag_embed(jitter.expand_as(diagonal)))
+        shifted = normal.clone()
+        shifted.diagonal(dim1=1, dim2=2).add_(jitter)
+        factor, failed = torch.linalg.cholesky_ex(shifted.mT)  # the same matrix, as LAPACK wants it in memory
         if not bool(failed.any()):
             break
         jitter = torch.where(failed[:, None] != 0, 100 * jitter, jitter)
@@ -246,6 +252,7 @@ def error_of(problem: Problem, fit: Fit) -> Tensor:
 
 
 def _fit(problem: Problem, bank: Tensor, parts: Tensor, scales: Tensor, residual: bool) -> Fit:
+    tile = problem.taps.tile
     taps = (parts * scales[..., None]).sum(1)
     right, constant = without_residual(problem, residual)
     objective = constant - 2 * (taps * right).sum(1) + (taps * (problem.gram @ taps[..., None])[..., 0]).sum(1)
@@ -253,20 +260,12 @@ def _fit(problem: Problem, bank: Tensor, parts: Tensor, scales: Tensor, residual
     error = (objective - problem.ridge * kernel_distance(problem, whole)).clamp(min=0)
     moments = problem.moments
     bias = (moments.target - (moments.sums * whole).sum(1)) / moments.positions
+    bank = bank.view(len(bank), -1, tile, tile)
     return Fit(bank, scales, bias, objective.clamp(min=0), error, parts, residual)
 
 
 def kernel_distance(problem: Problem, taps: Tensor) -> Tensor:
     """``(C,)``: squared distance of the kernel that the strips' taps add up to from the original one."""
-    twins = _twins(problem.taps).to(taps.device)
+    twins = problem.taps.twins.to(taps.device)
     both = taps.square().sum(1) + 2 * (taps[:, twins[:, 0]] * taps[:, twins[:, 1]]).sum(1)
     return (problem.kernel_energy - 2 * (taps * problem.kernel).sum(1) + both).clamp(min=0)
-
-
-def _twins(taps: Taps) -> Tensor:
-    """``(n * n, 2)``: taps of the two strips that lie in the same place, around the centre."""
-    n, whole, first = taps.tile, taps.whole, taps.across.start - taps.along.start
-    steps = torch.arange(n, device="cpu")
-    horizontal = steps[:, None] * whole + first + steps
-    vertical = n * whole + (first + steps)[:, None] * n + steps
-    return torch.stack([horizontal.flatten(), vertical.flatten()], 1)

@@ -11,7 +11,7 @@ from sw_transplant.config import SWConfig
 from sw_transplant.find.match import Match
 from sw_transplant.forms import add_kernels, embed
 from sw_transplant.geometry import Extent, enclose
-from sw_transplant.layers.orders import Orders, draw_orders
+from sw_transplant.layers.orders import Orders
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.approximate import SharedSpec, finish_shared, split_bank
@@ -21,7 +21,6 @@ from sw_transplant.surgery.calibration.fit import (
     Problem,
     fit_layer,
     kernel_distance,
-    least_possible,
     pose,
     whole_taps,
 )
@@ -62,15 +61,17 @@ def fit_module(
             f"{sums.reaching} taps of a channel apart; expected more than that: give more images, or larger ones"
         )
     problem = pose_for(plain, sums, calibration.ridge)
-    residual = _adds_input(problem, config)
-    how = {"candidates": calibration.candidates, "swaps": calibration.swaps}
-    orders, before, after = choose_orders(problem, config.edge_count, config.seed, residual=residual, **how)
+    choice = choose_orders(
+        problem, config.edge_count, config.seed, candidates=calibration.candidates, swaps=calibration.swaps
+    )
+    orders, residual = choice.orders, choice.residual
     fit = fit_layer(problem, orders, residual)
     missed = (problem.moments.passed - fit.error) * weights.diagonal().to(fit.error)
     bypass = cheapest(missed, ghosts)
     if calibration.mix:
-        bypass = exchange(bypass, *costs_together(problem, fit, kept, weights, calibration.mix))
-        fit = compensate(problem, fit, orders, kept, bypass, weights, calibration.mix)
+        with torch.autocast(problem.gram.device.type, enabled=False):
+            bypass = exchange(bypass, *costs_together(problem, fit, kept, weights, calibration.mix))
+            fit = compensate(problem, fit, orders, kept, bypass, weights, calibration.mix)
     active = torch.tensor([c for c in range(match.out_channels) if c not in set(bypass)], device="cpu")
     error = fit.error[active.to(fit.error.device)].sum() + problem.moments.passed[list(bypass)].sum()
     energy = problem.moments.target_squared.sum().clamp(min=torch.finfo(torch.float64).tiny)
@@ -80,23 +81,9 @@ def fit_module(
     )  # fmt: skip
     module = _make(plain, match, spec, fit, orders, problem.moments, active, config)
     centred = problem.energy.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    firsts = (before, after, least_possible(problem))
-    drawn, chosen, least = (float(each.sum() / centred) for each in firsts)
+    drawn, chosen, least = (float(each.sum() / centred) for each in (choice.before, choice.after, choice.least))
     report = LayerReport(match.path, sums.positions, drawn, chosen, least, len(bypass), float(error / energy))
     return module, report
-
-
-def _adds_input(problem: Problem, config: SWConfig) -> bool:
-    """Whether the module adds its input, as the paper's does: not where a bank comes closer without, as of kernels that
-    have no marked centre."""
-    orders = _drawn(problem, config)
-    objectives = [float(fit_layer(problem, orders, each, rounds=0).objective.sum()) for each in (True, False)]
-    return objectives[0] <= objectives[1]
-
-
-def _drawn(problem: Problem, config: SWConfig) -> Orders:
-    tiles = problem.taps.whole // problem.taps.tile
-    return draw_orders(len(problem.right), tiles, config.edge_count, config.seed)
 
 
 def pose_for(plain: ShiftwiseConv2d, sums: Sums, ridge: float) -> Problem:

@@ -6,29 +6,42 @@ edge, at random, kept where they help. All channels try at once.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from sw_transplant.layers.orders import Orders, draw_orders
-from sw_transplant.surgery.calibration.fit import (
-    Problem,
-    least_possible,
-    objective_of,
-    without_residual,
-)
+from sw_transplant.surgery.calibration.fit import Problem, least_possible, objectives
 from sw_transplant.surgery.calibration.swaps import swap
 
-_ROUND = 50
+_ROUND = 75
 """Exchanges that are tried before looking again which channels have something to gain."""
 
 _GAP = 0.01
 """Of a channel's energy: what is closer than that to the best that strips can do is good enough."""
 
 
-def choose_orders(
-    problem: Problem, edges: int, seed: int, *, candidates: int, swaps: int, residual: bool
-) -> tuple[Orders, Tensor, Tensor]:
-    """The orders for a layer.
+class Choice(NamedTuple):
+    """What was chosen for a layer.
+
+    Attributes:
+        orders: int32, on the problem's device.
+        residual: whether the module adds its input.
+        before, after: float64 ``(C,)``: the objective of the first candidate, and that of the chosen orders.
+        least: that of strips whose taps are all free.
+    """
+
+    orders: Orders
+    residual: bool
+    before: Tensor
+    after: Tensor
+    least: Tensor
+
+
+def choose_orders(problem: Problem, edges: int, seed: int, *, candidates: int, swaps: int) -> Choice:
+    """The orders for a layer, and whether its module adds its input, as the paper's does: not where a bank comes closer
+    without, as of kernels that have no marked centre.
 
     Args:
         problem: of the layer.
@@ -36,43 +49,40 @@ def choose_orders(
         seed: of the first candidate, which is what the module would draw itself, and of the swaps.
         candidates: how many are drawn.
         swaps: how many are tried in each channel that has something to gain, rounded up to rounds.
-        residual: whether the module adds its input.
-
-    Returns:
-        orders: int32, on the problem's device.
-        before, after: float64 ``(C,)``: the objective of the first candidate, and that of the chosen orders.
     """
     channels, tiles = len(problem.right), problem.taps.whole // problem.taps.tile
     device = problem.gram.device
-    best: Orders | None = None
-    right, constant = without_residual(problem, residual)
-    for number in range(candidates):
-        drawn = Orders(*(o.to(device) for o in draw_orders(channels, tiles, edges, seed + number)))
-        value = objective_of(problem, drawn, right, constant)
-        if best is None:
-            best, before, lowest = drawn, value, value.clone()
-        else:
-            better = value < lowest
-            best = Orders(*(torch.where(_over(better, a), a, b) for a, b in zip(drawn, best, strict=True)))
-            lowest = torch.where(better, value, lowest)
-    assert best is not None
+
+    def drawn(number: int) -> Orders:
+        return Orders(*(order.to(device) for order in draw_orders(channels, tiles, edges, seed + number)))
+
+    best = drawn(0)
+    without, with_input = objectives(problem, best).unbind(1)
+    residual = float(with_input.sum()) <= float(without.sum())
+    before = with_input if residual else without
+    lowest = before.clone()
+    for number in range(1, candidates):
+        best, lowest = _better(problem, residual, drawn(number), best, lowest)
     least = least_possible(problem)
+    found, reached = Orders(*(order.clone() for order in best)), lowest.clone()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(-(-swaps // _ROUND)):
         # Where the drawn orders do what any strips could do, there is nothing to choose.
-        open_ = (lowest - least > _GAP * problem.energy.clamp(min=0) + 1e-6 * least.abs()).nonzero().flatten()
+        open_ = (reached - least > _GAP * problem.energy.clamp(min=0) + 1e-6 * least.abs()).nonzero().flatten()
         if not len(open_):
             break
-        part = Orders(*(order[:, open_] for order in best))
-        found, reached = swap(
-            problem.select(open_), right[open_], constant[open_], part, lowest[open_], _ROUND, generator
-        )
-        for order, new in zip(best, found, strict=True):
-            order[:, open_] = new
-        lowest[open_] = reached
-    return best, before, lowest
+        reached[open_] = swap(problem, found, residual, open_, _ROUND, generator)
+    if swaps:
+        best, lowest = _better(problem, residual, found, best, lowest)
+    return Choice(best, residual, before, lowest, least)
 
 
-def _over(mask: Tensor, order: Tensor) -> Tensor:
-    """``(C,)`` as ``(1, C, 1)`` or ``(1, C)``."""
-    return mask[None, :, None] if order.dim() == 3 else mask[None]
+def _better(problem: Problem, residual: bool, orders: Orders, best: Orders, lowest: Tensor) -> tuple[Orders, Tensor]:
+    """The better of two for each channel, and the objective; that of the second is known."""
+    value = objectives(problem, orders)[:, int(residual)]
+    better = value < lowest
+    chosen = (
+        torch.where(better[None, :, None] if new.dim() == 3 else better, new, old)
+        for new, old in zip(orders, best, strict=True)
+    )
+    return Orders(*chosen), torch.where(better, value, lowest)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sw_transplant.surgery.calibration.images import Images
+from sw_transplant.surgery.calibration.moments import computed_in
 from sw_transplant.surgery.calibration.responses import frozen, tensors_of
 
-_IMAGES, _PROJECTIONS = 64, 8
+_IMAGES, _PROJECTIONS = 48, 4
 """How many images suffice for C x C numbers that all positions share in, and projections of each output."""
 
 
@@ -31,7 +32,7 @@ def sensitivities(model: nn.Module, images: Images, layers: Mapping[str, nn.Modu
 
     Args:
         model: the original; as it was afterwards.
-        images: what it runs on; gradients go through the first 64 at most.
+        images: what it runs on; gradients go through the first 48 at most.
         layers: modules of it, by path.
         seed: of the projections.
 
@@ -56,23 +57,21 @@ def sensitivities(model: nn.Module, images: Images, layers: Mapping[str, nn.Modu
     def gather(_: nn.Module, __: Any, output: Any) -> None:
         nonlocal count
         outputs = [tensor for tensor in _tensors(output) if tensor.requires_grad]
-        for number in range(_PROJECTIONS if probes else 0):
+        for number in range(_PROJECTIONS if probes and outputs else 0):
             projection = torch.zeros((), device=probes[0][1].device)
             for tensor in outputs:
                 direction = torch.randn(tensor.shape, generator=generator).to(tensor)
                 if tensor.dim() == 2:  # logits: what all classes gain alike changes nothing
                     direction = direction - direction.mean(1, keepdim=True)
                 projection = projection + (tensor * direction).sum().to(projection)
-            if not outputs:
-                break
             gradients = torch.autograd.grad(
                 projection, [probe for _, probe in probes], retain_graph=number + 1 < _PROJECTIONS, allow_unused=True
             )
             for (path, _probe), gradient in zip(probes, gradients, strict=True):
                 if gradient is not None:
-                    lines = gradient.to("cpu" if gradient.device.type == "mps" else gradient.device, torch.float64)
-                    lines = lines.transpose(0, 1).flatten(1)
-                    totals[path] = totals.get(path, 0) + lines @ lines.T
+                    lines = computed_in(gradient).transpose(0, 1).flatten(1)
+                    with torch.autocast(lines.device.type, enabled=False):
+                        totals[path] = totals.get(path, 0) + (lines @ lines.T).double()
         count += len(probes[0][1]) if probes else 1
         probes.clear()
         if count >= _IMAGES:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sw_transplant.layers.orders import BRANCHES, Orders
 from sw_transplant.layers.sw_conv2d import SWConv2d
-from sw_transplant.surgery.calibration.fit import assembly
+from sw_transplant.surgery.calibration.assembly import Assembly
 from sw_transplant.surgery.calibration.images import Images, read_images
 from sw_transplant.surgery.calibration.moments import Moments, Taps
 from sw_transplant.surgery.calibration.responses import run_pairs, visits
@@ -93,10 +93,9 @@ def _write(module: SWConv2d, moments: Moments, keep_eval: bool) -> None:
     orders = Orders(*(module._table(name).to(moments.gram.device) for name in BRANCHES))
     taps = Taps(module.length, module.tile, (1, 1), (1, 1), (1, 1))
     bank = module.bank.detach().to(moments.gram)
-    matrix = assembly(orders, taps)
     if module.gain is not None:
         raise ValueError("set_statistics: a module with gains is not supported; set them after this")
-    parts = torch.einsum("ckpb,cb->ckp", matrix, bank.flatten(1))
+    parts = Assembly(orders, taps).parts(bank.flatten(1))
     norms: list[Any] = [module.norm(branch) for branch in BRANCHES]
     scales = torch.stack([bn.weight.to(bank) / (bn.running_var.to(bank) + bn.eps).sqrt() for bn in norms], 1)
     if not keep_eval:

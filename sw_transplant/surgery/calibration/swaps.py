@@ -1,6 +1,6 @@
 """Exchanges of two tiles' places in one edge, tried in all channels at once and kept where they help.
 
-With M the taps that a bank makes (:func:`fit.assembly`), an exchange of tiles t and u between places p and q makes it
+With M the taps that a bank makes (:mod:`assembly`), an exchange of tiles t and u between places p and q makes it
 M + D V': D has the taps at q less those at p, V the numbers of t less those of u. The normal equations N = M'GM become
 
     N + W V' + V W' + V Q V',  W = M'G D,  Q = D'G D,
@@ -17,57 +17,90 @@ import torch
 from torch import Tensor
 
 from sw_transplant.layers.orders import Orders
-from sw_transplant.surgery.calibration.fit import Problem, assembly, factor_symmetric, objective_of
+from sw_transplant.surgery.calibration.assembly import Assembly, select_orders
+from sw_transplant.surgery.calibration.channels import each_part
+from sw_transplant.surgery.calibration.fit import Problem, factor_symmetric, without_residual
 from sw_transplant.surgery.calibration.moments import Taps
+
+_TOGETHER = 64
+"""Channels that try exchanges together: a trial is many small operations."""
 
 
 def swap(
-    problem: Problem,
-    right: Tensor,
-    constant: Tensor,
-    orders: Orders,
-    lowest: Tensor,
-    count: int,
-    generator: torch.Generator,
-) -> tuple[Orders, Tensor]:
-    """Tries exchanges in every channel.
+    problem: Problem, orders: Orders, residual: bool, channels: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    """Tries exchanges in some channels.
 
     Args:
-        problem: of the layer, or of some of its channels.
-        right, constant: of what is left to the bank (:func:`fit.without_residual`).
-        orders: to begin with.
-        lowest: ``(C,)``: the objective that they reach.
-        count: how many exchanges are tried in each channel.
+        problem: of the layer.
+        orders: to begin with; changed in place.
+        residual: whether the module adds its input.
+        channels: ``(D,)``, in which.
+        count: how many exchanges are tried in each.
         generator: on the CPU; draws them.
 
     Returns:
-        Orders and objective that were found.
+        The objective that was found, ``(D,)``; added up over exchanges: not to be trusted where equations are nearly
+        singular.
     """
-    horizontal, vertical, identity = orders
-    strips = torch.stack([horizontal, vertical])  # (2, E, C, T): the place of each tile
-    edges, channels, tiles = horizontal.shape
-    device, reached = strips.device, lowest.clone()
-    every = torch.arange(channels, device=device)
-    equations = _Equations(problem, right, assembly(orders, problem.taps).sum(1))
-    for _ in range(count):
-        branch = (torch.rand(channels, generator=generator) >= 0.5).long().to(device)
-        edge = torch.randint(edges, (channels,), generator=generator).to(device)
-        pair = torch.rand(channels, tiles, generator=generator).topk(2, 1).indices.to(device)  # two different tiles
-        places = strips[branch[:, None], edge[:, None], every[:, None], pair]
-        first, second = _numbers(pair, problem.taps.tile).unbind(1)
-        moved, onto = _taps_at(branch, places, problem.taps).unbind(1)
+    edges, _, tiles = orders.horizontal.shape
+    draws = [_Draw.of(len(channels), tiles, edges, generator, channels.device) for _ in range(count)]
+
+    def try_some(some: slice) -> Tensor:
+        here = channels[some]
+        part = select_orders(orders, here)
+        reached = _swap_some(problem.select(here), part, residual, [draw.select(some) for draw in draws])
+        for order, found in zip(orders, part, strict=True):
+            order[:, here] = found
+        return reached
+
+    return torch.cat(each_part(try_some, channels, _TOGETHER))
+
+
+def _swap_some(problem: Problem, orders: Orders, residual: bool, draws: list[_Draw]) -> Tensor:
+    """Tries what was drawn, and writes into the orders what helps; the objective that they reach then."""
+    right, constant = without_residual(problem, residual)
+    equations = _Equations(problem, right, Assembly(orders, problem.taps))
+    every, reached = torch.arange(len(right), device=right.device), constant - equations.gained
+    strips = (orders.horizontal, orders.vertical)
+    for draw in draws:
+        across, down = (strip[draw.edge[:, None], every[:, None], draw.pair] for strip in strips)
+        places = torch.where(draw.branch[:, None] == 0, across, down)
+        first, second = _numbers(draw.pair, problem.taps.tile).unbind(1)
+        moved, onto = _taps_at(draw.branch, places, problem.taps).unbind(1)
         trial = equations.tried(_Exchange(first, second, moved, onto))
-        value = constant - trial.reached
-        better = (value < reached).nonzero().flatten()
-        reached[better] = value[better]
-        equations.keep(trial, better)
-        strips[branch[better, None], edge[better, None], better[:, None], pair[better]] = places[better].flip(1)
-    # Solved anew: where equations are nearly singular, what was added up is not to be trusted.
-    found = Orders(strips[0], strips[1], identity)
-    reached = objective_of(problem, found, right, constant)
-    worse = ~(reached < lowest)
-    strips[:, :, worse] = torch.stack([horizontal, vertical])[:, :, worse]
-    return found, torch.where(worse, lowest, reached)
+        value = constant - trial.gained
+        better = value < reached
+        reached = torch.where(better, value, reached)
+        equations.keep(trial, better.nonzero().flatten())
+        for branch, strip in enumerate(strips):
+            here = (better & (draw.branch == branch)).nonzero().flatten()
+            strip[draw.edge[here, None], here[:, None], draw.pair[here]] = places[here].flip(1)
+    return reached
+
+
+class _Draw(NamedTuple):
+    """Which exchange is tried in each channel.
+
+    Attributes:
+        branch, edge: ``(C,)``.
+        pair: ``(C, 2)``, two different tiles.
+    """
+
+    branch: Tensor
+    edge: Tensor
+    pair: Tensor
+
+    @classmethod
+    def of(cls, channels: int, tiles: int, edges: int, generator: torch.Generator, device: torch.device) -> _Draw:
+        branch = (torch.rand(channels, generator=generator) >= 0.5).long()
+        edge = torch.randint(edges, (channels,), generator=generator)
+        pair = torch.rand(channels, tiles, generator=generator).topk(2, 1).indices
+        return cls(*(each.to(device) for each in (branch, edge, pair)))
+
+    def select(self, channels: slice) -> _Draw:
+        """That of some channels."""
+        return _Draw(*(each[channels] for each in self))
 
 
 class _Exchange(NamedTuple):
@@ -93,14 +126,14 @@ class _Trial(NamedTuple):
 
     Attributes:
         exchange: the exchange.
-        reached: ``(C,)``: by how much J would lie below that of no taps; NaN where that cannot be told.
+        gained: ``(C,)``: by how much J would lie below that of no taps; NaN where that cannot be told.
         sides: ``(C, 2 n n, K)``: [W, V]' times the inverse of N.
         middle: ``(C, 2 n n, 2 n n)``: what the inverse loses is sides' times the inverse of this times sides.
         more: ``(C, n n)``: M'r becomes M'r + V more.
     """
 
     exchange: _Exchange
-    reached: Tensor
+    gained: Tensor
     sides: Tensor
     middle: Tensor
     more: Tensor
@@ -116,12 +149,17 @@ class _Equations:
         wanted, bank: ``(C, K)``: M'r, and the solution.
     """
 
-    def __init__(self, problem: Problem, right: Tensor, made: Tensor) -> None:
-        """made: M, the taps ``(C, P, K)`` that banks make."""
-        self.gram, self.right, self.product = problem.gram, right, problem.gram @ made
-        self.inverse = torch.cholesky_inverse(factor_symmetric(made.mT @ self.product))
-        self.wanted = (made.mT @ right[..., None])[..., 0]
+    def __init__(self, problem: Problem, right: Tensor, assembly: Assembly) -> None:
+        """assembly: M, the taps that banks make."""
+        self.gram, self.right, self.product = problem.gram, right, assembly.products(problem.gram)
+        self.inverse = torch.cholesky_inverse(factor_symmetric(assembly.normal(self.product)))
+        self.wanted = assembly.gather(right[..., None]).sum(1)[..., 0]
         self.bank = (self.inverse @ self.wanted[..., None])[..., 0]
+
+    @property
+    def gained(self) -> Tensor:
+        """``(C,)``: by how much J lies below that of no taps."""
+        return (self.wanted * self.bank).sum(1)
 
     def tried(self, exchange: _Exchange) -> _Trial:
         """An exchange in every channel, as it would be."""
@@ -136,8 +174,8 @@ class _Equations:
         of_bank = (self.bank.gather(1, exchange.first) - self.bank.gather(1, exchange.second))[..., None]
         seen = torch.cat([w @ self.bank[..., None] + wv @ more, of_bank + vv @ more], 1)
         less = (seen * torch.linalg.solve_ex(middle, seen).result).sum((1, 2))
-        reached = (self.wanted * self.bank).sum(1) + (more * (2 * of_bank + vv @ more)).sum((1, 2)) - less
-        return _Trial(exchange, reached, torch.cat([along, across], 1), middle, more[..., 0])
+        gained = self.gained + (more * (2 * of_bank + vv @ more)).sum((1, 2)) - less
+        return _Trial(exchange, gained, torch.cat([along, across], 1), middle, more[..., 0])
 
     def keep(self, trial: _Trial, channels: Tensor) -> None:
         """Carries out the exchange of some channels."""
@@ -150,7 +188,8 @@ class _Equations:
         change = _rows(self.gram, channels, exchange.onto, exchange.moved).mT  # G D
         rows = torch.arange(change.shape[1], device=change.device)[:, None]
         for numbers, part in ((exchange.first, change), (exchange.second, -change)):
-            self.product.index_put_((channels[:, None, None], rows, numbers[:, None]), part, accumulate=True)
+            where = (channels[:, None, None], rows, numbers[:, None])
+            self.product[where] += part
 
     def _quadratic(self, exchange: _Exchange) -> Tensor:
         """Q ``(C, n n, n n)``."""
