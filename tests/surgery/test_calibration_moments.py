@@ -123,8 +123,16 @@ def test_normal_equations_are_those_of_the_taps_that_a_bank_makes(length, tile):
     torch.testing.assert_close(scaled, whole.mT @ gram @ whole)
 
 
-def test_threads_share_the_channels_and_nothing_else():
+@pytest.fixture
+def _own_threads():
+    """As many threads as before, afterwards."""
     before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_own_threads")
+def test_threads_share_the_channels_and_nothing_else():
     seen = []
 
     def work(some):
@@ -132,38 +140,33 @@ def test_threads_share_the_channels_and_nothing_else():
         started.wait(60)
         return some
 
-    try:
-        torch.set_num_threads(2)
-        started = threading.Barrier(2)
-        assert each_part(work, torch.zeros(50), 16) == [slice(0, 16), slice(16, 32), slice(32, 48), slice(48, 50)]
-        assert len({thread for thread, _, _ in seen}) == 2
-        assert {each[1:] for each in seen} == {(1, False)}
-        assert torch.get_num_threads() == 2
-        with pytest.raises(ZeroDivisionError):
-            each_part(lambda some: 1 // some.start, torch.zeros(50), 16)
-        assert torch.get_num_threads() == 2
-        torch.set_num_threads(1)
-        seen.clear()
-        started = threading.Barrier(1)
-        assert len(each_part(work, torch.zeros(50), 16)) == 4
-        assert set(seen) == {(threading.get_ident(), 1, False)}
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)
+    started = threading.Barrier(2)
+    assert each_part(work, torch.zeros(50), 16) == [slice(0, 16), slice(16, 32), slice(32, 48), slice(48, 50)]
+    assert len({thread for thread, _, _ in seen}) == 2
+    assert {each[1:] for each in seen} == {(1, False)}
+    assert torch.get_num_threads() == 2
+    with pytest.raises(ZeroDivisionError):
+        each_part(lambda some: 1 // some.start, torch.zeros(50), 16)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    seen.clear()
+    started = threading.Barrier(1)
+    assert len(each_part(work, torch.zeros(50), 16)) == 4
+    assert set(seen) == {(threading.get_ident(), 1, False)}
 
 
+@pytest.mark.usefixtures("_own_threads")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_sums_are_exact_whatever_modes_the_caller_is_in(threads):
-    taps, before = Taps(11, 3, (9, 8), (9, 8), (1, 1)), torch.get_num_threads()
+    taps = Taps(11, 3, (9, 8), (9, 8), (1, 1))
     torch.manual_seed(0)
     x, y = torch.randn(2, 6, 40, 9, 8)
     plain, cast = Accumulator(taps), Accumulator(taps)
     plain.add(x.double(), y.double())
-    try:
-        torch.set_num_threads(threads)
-        with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
-            cast.add(x.requires_grad_(), y)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        cast.add(x.requires_grad_(), y)
     for name, value in vars(cast.moments()).items():
         if isinstance(value, torch.Tensor):
             assert value.dtype == torch.float64

@@ -65,13 +65,17 @@ class Assembly:
         torch.mul(self._taken[:, :, None, None, None], small, out=gathered[:, 2])
         return gathered.view(channels, 3, tiles * n * n, columns)
 
+    def added(self, values: Tensor) -> Tensor:
+        """What :meth:`gather` gives, of all branches together: ``(C, K, Q)``."""
+        return self.gather(values).sum(1)
+
     def products(self, gram: Tensor) -> Tensor:
         """G ``(C, P, P)`` to the products of all branches at all taps: G times the map, ``(C, P, K)``."""
-        return self.gather(gram).sum(1).mT.contiguous()
+        return self.added(gram).mT.contiguous()
 
     def normal(self, products: Tensor) -> Tensor:
         """Of :meth:`products`: the matrix of the normal equations, ``(C, K, K)``."""
-        return self.gather(products).sum(1)
+        return self.added(products)
 
     def by_branch(self, gram: Tensor) -> Tensor:
         """G ``(C, P, P)`` to the parts of the normal equations' matrix for every two branches, ``(C, 3, 3, K, K)``."""

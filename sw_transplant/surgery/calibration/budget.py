@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sw_transplant.find.match import Match
 from sw_transplant.surgery.calibration.ghosts import cheapest, exchange
 from sw_transplant.surgery.calibration.images import Images
+from sw_transplant.surgery.calibration.moments import computed_in
 from sw_transplant.surgery.calibration.responses import copies, logits_of, quiet, tensors_of
 
 _IMAGES = 64
@@ -113,8 +114,7 @@ def _changes(
     def note(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
             change = _passed(inputs[0], output, strides[path]) - output
-            device = "cpu" if change.device.type == "mps" else change.device
-            lines = change.to(device, torch.float64).transpose(0, 1).flatten(1)
+            lines = computed_in(change).double().transpose(0, 1).flatten(1)
             totals[path] = totals.get(path, 0) + lines @ lines.T
 
         return hook

@@ -16,6 +16,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+MAPS_TOGETHER = 16
+"""Channels at a time whose maps go through Fourier transforms."""
+
 _TOGETHER_ON_GPU = 512
 """Channels at a time where no caches are to be kept to: some GB."""
 
@@ -31,11 +34,11 @@ def each_part(function: Callable[[slice], T], like: Tensor, together: int = 32) 
     channels, on_cpu = len(like), like.device.type == "cpu"
     size = together if on_cpu else _TOGETHER_ON_GPU
     parts = [slice(first, min(first + size, channels)) for first in range(0, channels, size)]
-    threads = min(torch.get_num_threads(), len(parts)) if on_cpu else 1
+    before = torch.get_num_threads()
+    threads = min(before, len(parts)) if on_cpu else 1
     if threads == 1:
         with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             return [function(part) for part in parts]
-    before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, "channels", _compute_alone) as pool:
             return list(pool.map(function, parts))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sw_transplant.layers.orders import Orders
 from sw_transplant.surgery.calibration.assembly import Assembly, select_orders
-from sw_transplant.surgery.calibration.channels import each_part
+from sw_transplant.surgery.calibration.channels import MAPS_TOGETHER, each_part
 from sw_transplant.surgery.calibration.fit import (
     Fit,
     Problem,
@@ -36,8 +36,6 @@ from sw_transplant.surgery.calibration.moments import Taps, computed_in
 _NUMBERS = 2**22
 """Of the input maps that are kept: 16 MB in float32, and some ten times that while the problem is solved."""
 _STEPS, _ENOUGH = 30, 1e-3
-_TOGETHER = 16
-"""Channels whose maps go through transforms at a time."""
 
 
 class Kept:
@@ -82,7 +80,7 @@ class Maps:
             whole = torch.fft.irfft2(spectrum, s=self.size)
             return whole[:, :, : self.height : self.stride[0], : self.width : self.stride[1]]
 
-        return torch.cat(each_part(some, taps, _TOGETHER), 1)
+        return torch.cat(each_part(some, taps, MAPS_TOGETHER), 1)
 
     def passed(self) -> Tensor:
         """``(B, C, H', W')``: the map where outputs are, as ghosts pass it on."""
@@ -100,7 +98,7 @@ class Maps:
             taps[:, self.reaching] = sums[:, self.places].double()
             return taps
 
-        return torch.cat(each_part(some, errors.transpose(0, 1), _TOGETHER))
+        return torch.cat(each_part(some, errors.transpose(0, 1), MAPS_TOGETHER))
 
 
 def costs_together(problem: Problem, fit: Fit, kept: Kept, weights: Tensor, mix: float) -> tuple[Tensor, Tensor]:
@@ -153,10 +151,11 @@ def compensate(
     right, _ = without_residual(problem, fit.residual)
     own = (1 - mix) * diagonal
     normal = torch.cat(each_part(lambda some: _normal(problem, orders, scales, some), right))
-    products = made.gather(right[..., None]).sum(1)[..., 0]
+    products = made.added(right[..., None])[..., 0]
     factor = factor_symmetric(normal * diagonal[:, None, None])
     share = mix * problem.moments.positions / kept.positions
     maps = [Maps(x, y, problem) for x, y in kept.maps]
+    mixing = weights.to(maps[0].x)
     # Around the fit of each channel by itself the biases are free of the taps: those move the mean of the response.
     means = problem.moments.sums / problem.moments.positions
 
@@ -166,10 +165,10 @@ def compensate(
         return each.respond(taps) + shift.to(each.x)[:, None, None]
 
     def gather(each: Maps, errors: Tensor) -> tuple[Tensor, Tensor]:
-        mixed = (weights.to(errors) @ errors.flatten(2)).view_as(errors)
+        mixed = (mixing @ errors.flatten(2)).view_as(errors)
         total = mixed.sum((0, 2, 3)).double() * active
         taps = each.gather(mixed) - total[:, None] * means
-        return made.gather(taps[..., None]).sum(1)[..., 0], total
+        return made.added(taps[..., None])[..., 0], total
 
     def add_up(values: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         return sum(v[0] for v in values) * share, sum(v[1] for v in values) * share  # type: ignore[return-value]

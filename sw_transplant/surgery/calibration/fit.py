@@ -177,7 +177,7 @@ def objectives(problem: Problem, orders: Orders) -> Tensor:
     def of_some(some: slice) -> Tensor:
         posed, assembly = problem.select(some), Assembly(select_orders(orders, some), problem.taps)
         sides = [without_residual(posed, residual) for residual in (False, True)]
-        wanted = assembly.gather(torch.stack([right for right, _ in sides], 2)).sum(1)  # (C, K, 2)
+        wanted = assembly.added(torch.stack([right for right, _ in sides], 2))  # (C, K, 2)
         factor = factor_symmetric(assembly.normal(assembly.products(posed.gram)))
         gained = (torch.cholesky_solve(wanted, factor) * wanted).sum(1)
         return torch.stack([constant for _, constant in sides], 1) - gained

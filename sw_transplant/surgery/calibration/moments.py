@@ -20,13 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sw_transplant.geometry import Size
-from sw_transplant.surgery.calibration.channels import each_part
-
-_TOGETHER = 16
-"""Channels whose maps go through transforms at a time."""
-
-_WIDE = {False: torch.float64, True: torch.complex128}
-"""What is added up."""
+from sw_transplant.surgery.calibration.channels import MAPS_TOGETHER, each_part
 
 Lines = tuple[int, int, int]
 """Rows or columns of a map: start, stop and step of a slice."""
@@ -165,7 +159,7 @@ class Accumulator:
             y: ``(B, C, H', W')``, what it should give.
         """
         x, y = (computed_in(each.detach()) for each in (x, y))
-        parts = each_part(lambda some: self._sums_of(x[:, some], y[:, some]), x.transpose(0, 1), _TOGETHER)
+        parts = each_part(lambda some: self._sums_of(x[:, some], y[:, some]), x.transpose(0, 1), MAPS_TOGETHER)
         for name in parts[0]:
             total = torch.cat([part[name] for part in parts])
             self._sums[name] = self._sums[name].add_(total) if name in self._sums else total
@@ -183,7 +177,7 @@ class Accumulator:
             **self._sums_of_lines("columns", x.mT, y.mT, sw),
             **(self._spectra(x) if self.taps.stride == (1, 1) else self._masked_spectra(x)),
         }
-        return {name: value.to(_WIDE[value.is_complex()]) for name, value in sums.items()}
+        return {name: value.to(torch.promote_types(value.dtype, torch.float64)) for name, value in sums.items()}
 
     def _sums_of_lines(self, name: str, x: Tensor, y: Tensor, step: int) -> dict[str, Tensor]:
         """Products of rows that stand ``tile`` apart at most, of rows and targets, and sums of rows."""

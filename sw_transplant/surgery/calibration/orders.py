@@ -1,7 +1,7 @@
 """Choosing orders: the module's are random, but nothing says that they have to be the first that were drawn.
 
 For each channel the best of several drawn orders, by the error in closed form; then swaps of two tiles' places in one
-edge, at random, kept where they help. All channels try at once.
+edge, at random, kept where they help.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def choose_orders(problem: Problem, edges: int, seed: int, *, candidates: int, s
         if not len(open_):
             break
         reached[open_] = swap(problem, found, residual, open_, _ROUND, generator)
-    if swaps:
+    if bool((reached < lowest).any()):  # solved anew before it is believed
         best, lowest = _better(problem, residual, found, best, lowest)
     return Choice(best, residual, before, lowest, least)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.calibration.images import Images
+from sw_transplant.surgery.calibration.moments import computed_in
 from sw_transplant.surgery.calibration.responses import Ask, Seen, run_pairs, visits, watch
 
 _RIDGES = (1e-2, 1e-1, 1.0, 10.0, math.inf)
@@ -267,5 +268,4 @@ def _rows(x: Tensor, layer: nn.Module) -> Tensor:
 def _as_rows(x: Tensor, channels: int, last: bool | None = None) -> Tensor:
     if last is None:
         last = not (x.dim() == 4 and x.shape[1] == channels)
-    device = "cpu" if x.device.type == "mps" else x.device
-    return (x if last else x.movedim(1, -1)).flatten(0, -2).to(device, torch.float64)
+    return computed_in((x if last else x.movedim(1, -1)).flatten(0, -2)).double()

@@ -1,4 +1,4 @@
-"""Exchanges of two tiles' places in one edge, tried in all channels at once and kept where they help.
+"""Exchanges of two tiles' places in one edge, tried in many channels at once and kept where they help.
 
 With M the taps that a bank makes (:mod:`assembly`), an exchange of tiles t and u between places p and q makes it
 M + D V': D has the taps at q less those at p, V the numbers of t less those of u. The normal equations N = M'GM become
@@ -153,7 +153,7 @@ class _Equations:
         """assembly: M, the taps that banks make."""
         self.gram, self.right, self.product = problem.gram, right, assembly.products(problem.gram)
         self.inverse = torch.cholesky_inverse(factor_symmetric(assembly.normal(self.product)))
-        self.wanted = assembly.gather(right[..., None]).sum(1)[..., 0]
+        self.wanted = assembly.added(right[..., None])[..., 0]
         self.bank = (self.inverse @ self.wanted[..., None])[..., 0]
 
     @property
