@@ -2,6 +2,7 @@
 
 import json
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -462,3 +463,25 @@ def test_images_that_would_take_too_much_memory_to_wait_run_again(net, monkeypat
     assert all(
         torch.equal(a, b) for a, b in zip(waiting.state_dict().values(), again.state_dict().values(), strict=True)
     )
+
+
+def test_maps_larger_than_what_may_be_kept_are_calibrated_with_one_image_of_them(net, monkeypatch):
+    data = images(count=3, size=27)
+    whole = convert(net, config(ghost=0.25), calibration=quick(data))
+    monkeypatch.setattr("sw_transplant.surgery.calibration.compensation._NUMBERS", 1)
+    one = convert(net, config(ghost=0.25), calibration=quick(data))
+    alone = convert(net, config(ghost=0.25), calibration=quick(data, mix=0.0))
+    with torch.no_grad():
+        wanted = net(data)
+        errors = [float((model(data) - wanted).square().mean()) for model in (whole, one, alone)]
+    assert errors[1] < min(1.5 * errors[0], errors[2])
+
+
+def test_a_call_without_images_teaches_a_layer_nothing(net):
+    def run(model, empty):
+        if empty:
+            model(images()[:0])
+        model(images())
+
+    both = [convert(net, config(), calibration=quick(partial(run, empty=empty))) for empty in (False, True)]
+    torch.testing.assert_close(both[0](images()), both[1](images()), rtol=0, atol=0)

@@ -39,7 +39,7 @@ _STEPS, _ENOUGH = 30, 1e-3
 
 
 class Kept:
-    """The first maps of a layer, input and target, up to a budget."""
+    """The first maps of a layer, input and target, up to a budget; one image at least."""
 
     def __init__(self) -> None:
         self.maps: list[tuple[Tensor, Tensor]] = []
@@ -48,7 +48,9 @@ class Kept:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """One call of the layer."""
-        room = (_NUMBERS - self._numbers) // max(1, x[0].numel())
+        if not x.numel():
+            return
+        room = max((_NUMBERS - self._numbers) // x[0].numel(), 0 if self.maps else 1)
         if room < 1:
             return
         x, y = x[:room], y[:room]
