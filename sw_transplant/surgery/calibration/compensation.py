@@ -53,7 +53,7 @@ class Kept:
         room = max((_NUMBERS - self._numbers) // x[0].numel(), 0 if self.maps else 1)
         if room < 1:
             return
-        x, y = x[:room], y[:room]
+        x, y = x[:room].clone(), y[:room].clone()  # a slice would hold on to its whole batch
         self.maps.append((computed_in(x), computed_in(y)))
         self._numbers += x.numel()
         self.positions += y.shape[0] * y.shape[2] * y.shape[3]
