@@ -282,7 +282,7 @@ def test_channels_together_reach_the_least_of_their_weighted_errors(mix, stride,
     kept = Kept()
     kept.add(x, y)
     fit = fit_layer(posed, orders, residual)
-    found = compensate(posed, fit, orders, kept, ghosts, weights, mix)
+    found = compensate(posed, fit, orders, kept.posed(posed), ghosts, weights, mix)
     made, maps, target = Assembly(orders, posed.taps, fit.scales), shifted(x, posed.taps), y.transpose(0, 1).flatten(1)
     passed = x[:, :, :: stride[0], :: stride[1]].transpose(0, 1).flatten(1)
     active = torch.tensor([[1.0], [1.0], [0.0], [1.0]], dtype=torch.float64)

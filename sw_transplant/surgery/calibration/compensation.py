@@ -13,6 +13,7 @@ fit a budget are kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -43,7 +44,6 @@ class Kept:
 
     def __init__(self) -> None:
         self.maps: list[tuple[Tensor, Tensor]] = []
-        self.positions = 0
         self._numbers = 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -56,7 +56,10 @@ class Kept:
         x, y = x[:room].clone(), y[:room].clone()  # a slice would hold on to its whole batch
         self.maps.append((computed_in(x), computed_in(y)))
         self._numbers += x.numel()
-        self.positions += y.shape[0] * y.shape[2] * y.shape[3]
+
+    def posed(self, problem: Problem) -> list[Maps]:
+        """They, as the problem of their layer needs them."""
+        return [Maps(x, y, problem) for x, y in self.maps]
 
 
 class Maps:
@@ -103,12 +106,14 @@ class Maps:
         return torch.cat(each_part(some, errors.transpose(0, 1), MAPS_TOGETHER))
 
 
-def costs_together(problem: Problem, fit: Fit, kept: Kept, weights: Tensor, mix: float) -> tuple[Tensor, Tensor]:
+def costs_together(
+    problem: Problem, fit: Fit, maps: Sequence[Maps], weights: Tensor, mix: float
+) -> tuple[Tensor, Tensor]:
     """What it costs that channels bypass the module, all together: for :func:`ghosts.exchange`.
 
     Args:
         problem, fit: of the layer, each channel at its best.
-        kept: some of its maps.
+        maps: some of its maps.
         weights: S, ``(C, C)``.
         mix: how far errors of other channels count.
 
@@ -118,23 +123,29 @@ def costs_together(problem: Problem, fit: Fit, kept: Kept, weights: Tensor, mix:
     weights = mix * weights.to(problem.gram) + (1 - mix) * torch.diag(weights.to(problem.gram).diagonal())
     taps = whole_taps(problem, fit)
     of_both, of_changes = torch.zeros_like(weights), torch.zeros_like(weights)
-    for x, y in kept.maps:
-        each = Maps(x, y, problem)
-        errors = (each.respond(taps) + fit.bias.to(y)[:, None, None] - y).transpose(0, 1).flatten(1)  # (C, positions)
-        changes = (each.passed() - y).transpose(0, 1).flatten(1) - errors
+    for each in maps:
+        errors = each.respond(taps) + fit.bias.to(each.y)[:, None, None] - each.y
+        errors = errors.transpose(0, 1).flatten(1)  # (C, positions)
+        changes = (each.passed() - each.y).transpose(0, 1).flatten(1) - errors
         of_both += changes @ errors.T
         of_changes += changes @ changes.T
     return (weights * of_both).sum(1), weights * of_changes
 
 
 def compensate(
-    problem: Problem, fit: Fit, orders: Orders, kept: Kept, ghosts: tuple[int, ...], weights: Tensor, mix: float
+    problem: Problem,
+    fit: Fit,
+    orders: Orders,
+    maps: Sequence[Maps],
+    ghosts: tuple[int, ...],
+    weights: Tensor,
+    mix: float,
 ) -> Fit:
     """The fit of all active channels together.
 
     Args:
         problem, fit, orders: of the layer; what each channel does best by itself.
-        kept: some of its maps.
+        maps: some of its maps.
         ghosts: channels that bypass the module.
         weights: S, ``(C, C)``.
         mix: from 0, each channel for itself, to 1.
@@ -155,8 +166,7 @@ def compensate(
     normal = torch.cat(each_part(lambda some: _normal(problem, orders, scales, some), right))
     products = made.added(right[..., None])[..., 0]
     factor = factor_symmetric(normal * diagonal[:, None, None])
-    share = mix * problem.moments.positions / kept.positions
-    maps = [Maps(x, y, problem) for x, y in kept.maps]
+    share = mix * problem.moments.positions / sum(each.y[:, 0].numel() for each in maps)
     mixing = weights.to(maps[0].x)
     # Around the fit of each channel by itself the biases are free of the taps: those move the mean of the response.
     means = problem.moments.sums / problem.moments.positions

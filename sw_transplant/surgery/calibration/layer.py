@@ -70,8 +70,9 @@ def fit_module(
     bypass = cheapest(missed, ghosts)
     if calibration.mix:
         with torch.autocast(problem.gram.device.type, enabled=False):
-            bypass = exchange(bypass, *costs_together(problem, fit, kept, weights, calibration.mix))
-            fit = compensate(problem, fit, orders, kept, bypass, weights, calibration.mix)
+            maps = kept.posed(problem)
+            bypass = exchange(bypass, *costs_together(problem, fit, maps, weights, calibration.mix))
+            fit = compensate(problem, fit, orders, maps, bypass, weights, calibration.mix)
     active = torch.tensor([c for c in range(match.out_channels) if c not in set(bypass)], device="cpu")
     error = fit.error[active.to(fit.error.device)].sum() + problem.moments.passed[list(bypass)].sum()
     energy = problem.moments.target_squared.sum().clamp(min=torch.finfo(torch.float64).tiny)
