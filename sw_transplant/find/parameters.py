@@ -14,6 +14,10 @@ _AFTER_ACCUMULATION = (
     "its {name} has a hook that runs after gradients are accumulated, which is called with the parameter itself; "
     "remove it, convert, and register it on the new parameters, those of layer.parameters()"
 )
+_NO_VALUES = (
+    "its {name} is on the meta device and has no values, and mode 'shiftwise' fits modules to values; load the weights "
+    "first, then convert"
+)
 _NO_KERNEL_GRADIENT = (
     "its {name} has tensor hooks, which see gradients of the kernel; {why}, there are none; remove the hooks first"
 )
@@ -36,6 +40,8 @@ def reason_against_parameters(
             return _NO_PARAMETER.format(name=name)
         if tensor._post_accumulate_grad_hooks:
             return _AFTER_ACCUMULATION.format(name=name)
+        if tensor.is_meta and mode != "laid_out":
+            return _NO_VALUES.format(name=name)
         is_kernel = tensor.dim() > 1
         if tensor._backward_hooks and (mode != "laid_out" or (is_kernel and edges > 1)):
             why = "in mode 'shiftwise'" if mode != "laid_out" else f"with edges={edges}"

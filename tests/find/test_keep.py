@@ -133,6 +133,15 @@ def test_hooks_on_a_kernel_that_will_be_no_kernel_are_refused() -> None:
     assert convert(model, SWConfig(edges=2))[1].bias is not None
 
 
+def test_modules_are_not_fitted_to_kernels_without_values() -> None:
+    with torch.device("meta"):
+        model = conv_in_block()
+    assert next(convert(model)[1].parameters()).is_meta
+    for calibration in (None, images(2, 4)):
+        with pytest.raises(NoLargeKernelError, match=r"its weight is on the meta device .* load the weights first"):
+            convert(model, SWConfig(mode="shiftwise"), calibration=calibration)
+
+
 def test_the_reason_in_words() -> None:
     plain = conv()
     assert reason_against_parameters({"weight": plain.weight, "bias": None}) is None

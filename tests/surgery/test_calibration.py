@@ -5,6 +5,7 @@ import threading
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -153,6 +154,8 @@ BAD = {
     "whole numbers": (torch.zeros(2, 8, 9, 9, dtype=torch.uint8), "uint8"),
     "NaN": (torch.full((2, 8, 9, 9), torch.nan), "NaN or infinity"),
     "NaN in a batch": ([torch.full((2, 8, 9, 9), torch.nan)], r"blocks.0.large: .* in the layer's input"),
+    "single images": (list(torch.zeros(2, 8, 9, 9)), r"batch 0 has a torch.float32 tensor \(8, 9, 9\)"),
+    "an array": (np.zeros((2, 8, 9, 9)), "batch 0 has a ndarray"),
     "labels alone": ([torch.zeros(4, dtype=torch.long)], "batch 0 has a torch.int64 tensor"),
     "too few": (torch.randn(1, 8, 5, 5), "25 positions .* 45 taps"),
 }
@@ -274,7 +277,7 @@ def test_a_budget_is_shared_out_by_what_ghosts_cost():
 @torch.no_grad()
 def test_channels_make_up_for_each_other(net):
     x = images(40)
-    weights = sensitivities(net, read_images(x), {"": net.blocks[0].large}, 123)[""]
+    weights = sensitivities(net, read_images(x), {"": net.blocks[0].large}, 123)[0][""]
     wanted, costs, errors = net.blocks[0].large(x), [], []
     for mix in (0.0, 1.0):
         module = convert(net, config(ghost=0.5), calibration=quick(x, mix=mix)).blocks[0].large
@@ -485,3 +488,39 @@ def test_a_call_without_images_teaches_a_layer_nothing(net):
 
     both = [convert(net, config(), calibration=quick(partial(run, empty=empty))) for empty in (False, True)]
     torch.testing.assert_close(both[0](images()), both[1](images()), rtol=0, atol=0)
+
+
+class Undifferentiable(Net):
+    """Runs, but not with gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, pixel_values):
+        return torch.from_numpy(super().forward(self.norm(pixel_values)).numpy())
+
+
+def test_a_model_without_gradients_is_calibrated_and_the_report_says_what_that_costs():
+    torch.manual_seed(3)
+    model = Undifferentiable().eval()
+    for data in (images(), "synthetic"):
+        with torch.no_grad():
+            settings = quick(data, input_size=(8, 9, 9))
+            converted = convert(model, config(ghost=0.25), calibration=settings)
+            assert distance(converted(images()), model(images())) < 0.2
+        note = str(settings.report).splitlines()[-1]
+        assert note.startswith("No gradients at blocks.0.large, blocks.1.large (Can't call numpy() on Tensor")
+    settings = quick(images())
+    convert(Net().eval(), config(), calibration=settings)
+    assert not settings.report.notes
+
+
+def test_inference_mode_changes_nothing(net):
+    for data in (images(), "synthetic"):
+        made = []
+        for mode in (False, True):
+            with torch.inference_mode(mode):
+                model = convert(net, config(ghost=0.25), calibration=quick(data, input_size=(8, 9, 9), count=8))
+                made.append(model(images()))
+        assert torch.equal(*made)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sw_transplant.config import SWConfig
 from sw_transplant.find.candidate import build, check_parameters, find_site
@@ -61,12 +61,15 @@ def calibrate(
     met = _check(original, images, matches, sites, config)
     order = sorted(matches, key=lambda match: met[match.path].rank)
     calibration.report.layers.clear()
+    calibration.report.notes.clear()
     many = any(visit.calls > 1 for visit in met.values())
     bar = progress_bar(calibration.progress, len(order) + 1, "calibrating")
     # Modules draw filters before they get theirs: hence the fork.
     with bar as step, torch.random.fork_rng(devices=[]), ExitStack() as undo:
         step("sensitivity")
-        weights = sensitivities(original, images, sites, config.seed) if calibration.fit == "responses" else {}
+        weights: dict[str, Tensor] = {}
+        if calibration.fit == "responses":
+            weights, calibration.report.notes[:] = sensitivities(original, images, sites, config.seed)
         ghosts = {match.path: match.out_channels - active_count(match.out_channels, config) for match in order}
         if config.ghost_budget == "global" and calibration.fit == "responses":
             step("budget of ghosts")

@@ -78,11 +78,13 @@ class _Call:
             kept = {str(key): value for key, value in batch.items() if key not in _LABELS or key in takes}
             return model(**{key: _moved(value, like) for key, value in kept.items() if key not in _LABELS})
         images = batch[0] if isinstance(batch, tuple | list) else batch
-        if not isinstance(images, Tensor) or not images.is_floating_point() or not images.numel():
-            shape = (
-                f"a {images.dtype} tensor {tuple(images.shape)}" if isinstance(images, Tensor) else repr(images)[:80]
+        if not isinstance(images, Tensor):
+            raise ValueError(f"calibration: batch {self.number} has a {type(images).__name__}; expected {FORMS}")
+        if images.dim() != 4 or not images.is_floating_point() or not images.numel():
+            raise ValueError(
+                f"calibration: batch {self.number} has a {images.dtype} tensor {tuple(images.shape)} for images; "
+                f"expected {FORMS}"
             )
-            raise ValueError(f"calibration: batch {self.number} has {shape} for images; expected {FORMS}")
         return model(_moved(images, like))
 
 

@@ -44,10 +44,12 @@ class CalibrationReport:
         layers: in the order of execution.
         agreement: on how many of how many held-out images the network chose the class that the original chose; None
             where none were held out, or where there is no class.
+        notes: what could not be done, and why.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     agreement: tuple[int, int] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def refitted(self) -> list[Refitted]:
@@ -70,10 +72,10 @@ class CalibrationReport:
         ]
         headers = ["layer", "positions", "free strips", "drawn orders", "chosen orders", "ghosts", "whole module"]
         headers.append("refitted")
-        table = render_table("Calibration: squared errors relative to the original's responses", headers, rows)
-        if self.agreement is None:
-            return table
-        return f"{table}\nThe original's class on {self.agreement[0]} of {self.agreement[1]} held-out images."
+        lines = [render_table("Calibration: squared errors relative to the original's responses", headers, rows)]
+        if self.agreement is not None:
+            lines.append(f"The original's class on {self.agreement[0]} of {self.agreement[1]} held-out images.")
+        return "\n".join(lines + self.notes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +105,7 @@ class Calibration:
         report: what was reached, filled by :func:`convert`.
     """
 
-    images: Any
+    images: Any = field(repr=False)
     fit: FitTo = "responses"
     ridge: float = 1e-2
     candidates: int = 2

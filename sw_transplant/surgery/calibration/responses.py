@@ -169,18 +169,21 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode, gradients for activations and none for parameters; everything as before afterwards."""
+    """Eval mode, gradients for activations and none for parameters, also inside ``torch.inference_mode()``.
+
+    Everything is as before afterwards.
+    """
     flags = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with torch.enable_grad():
-        try:
-            model.eval().requires_grad_(False)
+    try:
+        model.eval().requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
             yield
-        finally:
-            for module, training in flags:
-                module.training = training
-            for parameter, trains in wanted:
-                parameter.requires_grad_(trains)
+    finally:
+        for module, training in flags:
+            module.training = training
+        for parameter, trains in wanted:
+            parameter.requires_grad_(trains)
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ class _SufficientError(Exception):
     """Enough images were seen."""
 
 
-def sensitivities(model: nn.Module, images: Images, layers: Mapping[str, nn.Module], seed: int) -> dict[str, Tensor]:
+def sensitivities(
+    model: nn.Module, images: Images, layers: Mapping[str, nn.Module], seed: int
+) -> tuple[dict[str, Tensor], list[str]]:
     """For each layer the mean of g g', float64 ``(C, C)``; the average of its diagonal over the layers is kept.
 
     Args:
@@ -37,13 +40,13 @@ def sensitivities(model: nn.Module, images: Images, layers: Mapping[str, nn.Modu
         seed: of the projections.
 
     Returns:
-        By path. The identity for layers that no gradient reaches, and for all where the output has none.
+        By path, the identity for layers that no gradient reaches; and which these are, and why, for the report.
     """
     totals: dict[str, Tensor] = {}
     channels = dict.fromkeys(layers, 0)
     probes: list[tuple[str, Tensor]] = []
     generator = torch.Generator().manual_seed(seed)
-    count = 0
+    count, failure = 0, ""
 
     def insert(path: str) -> Callable[..., Tensor]:
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -87,17 +90,25 @@ def sensitivities(model: nn.Module, images: Images, layers: Mapping[str, nn.Modu
                 run(model)
             except _SufficientError:
                 break
-    return _normalised(totals, channels)
+            except RuntimeError as error:  # it runs without gradients, or will say so itself: this is for gradients
+                failure = f" ({shorten(str(error), 120)})"
+                totals.clear()
+                break
+    totals = {path: total for path, total in totals.items() if bool(torch.isfinite(total).all()) and bool(total.any())}
+    weights = _normalised(totals, channels)
+    unseen = [path or "the model" for path in channels if path not in totals]
+    if not unseen:
+        return weights, []
+    return weights, [f"No gradients at {', '.join(unseen)}{failure}: errors of all channels count alike there."]
 
 
 def _normalised(totals: dict[str, Tensor], channels: Mapping[str, int]) -> dict[str, Tensor]:
     """Scaled alike, so that the diagonals average to 1."""
-    good = {path: total for path, total in totals.items() if bool(torch.isfinite(total).all()) and bool(total.any())}
-    mean = torch.cat([total.diagonal() for total in good.values()]).mean() if good else torch.ones(())
+    mean = torch.cat([total.diagonal() for total in totals.values()]).mean() if totals else torch.ones(())
     result = {}
     for path in channels:
-        if path in good:
-            result[path] = good[path] / mean.to(good[path])
+        if path in totals:
+            result[path] = totals[path] / mean.to(totals[path])
         else:
             result[path] = torch.eye(channels[path], dtype=torch.float64)
     return result

@@ -138,17 +138,20 @@ def _familiar(
     with frozen(model), ExitStack() as undo:
         for norm in norms:
             undo.callback(norm.register_forward_pre_hook(hook).remove)
-        pixels = batch.to(like.device, torch.float32).requires_grad_()
+        pixels = batch.to(like.device, torch.float32, copy=True).requires_grad_()
         optimizer = torch.optim.Adam([pixels], rate)
         for _ in range(steps):
             losses.clear()
-            logits = logits_of(model(pixels.to(like.dtype)))
-            loss = torch.stack(losses).mean()
-            if logits is not None and weight:
-                labels = (torch.arange(len(batch), device=like.device) + first) % logits.shape[1]
-                loss = loss + weight * F.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad()
-            loss.backward()
+            try:
+                logits = logits_of(model(pixels.to(like.dtype)))
+                loss = torch.stack(losses).mean()
+                if logits is not None and weight:
+                    labels = (torch.arange(len(batch), device=like.device) + first) % logits.shape[1]
+                    loss = loss + weight * F.cross_entropy(logits.float(), labels)
+                optimizer.zero_grad()
+                loss.backward()
+            except RuntimeError:  # no gradients, or no BatchNorm in the model's way: the painting stays
+                return batch
             assert pixels.grad is not None
             pixels.grad = _blurred(pixels.grad)  # what a network reads into single pixels is no image
             optimizer.step()
