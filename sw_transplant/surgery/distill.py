@@ -44,7 +44,7 @@ class Distiller:
         label_weight: of the labels, where there are any.
 
     Raises:
-        ValueError: the student has no converted layer.
+        ValueError: the student has no converted layer, or is the teacher.
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class Distiller:
         self.student, self.teacher = student, teacher
         self.temperature, self.feature_weight, self.label_weight = temperature, feature_weight, label_weight
         self.blocks = _replaced_blocks(student, teacher)
+        if student is teacher:
+            raise ValueError("Distiller: student and teacher are one model; give the original, converted with a copy")
         self._mine: dict[str, Tensor] = {}
         self._theirs: dict[str, Tensor] = {}
         self._call: tuple[Any, Any] | None = None
@@ -173,7 +175,8 @@ def distill(
         The student.
 
     Raises:
-        ValueError: no data, no converted layer, or a loss that is not finite.
+        ValueError: no data, batches of another form, no converted layer, nothing that trains, or a loss that is not
+            finite.
     """
     if epochs < 1 or batch_size < 1 or not learning_rate > 0:
         raise ValueError(
@@ -181,6 +184,8 @@ def distill(
             "at least 1, and a number above 0"
         )
     like = next(student.parameters())
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("distill: no parameter of the student requires gradients; student.requires_grad_() first")
     steps = sum(1 for _ in _batches(data, batch_size, 0))
     if not steps:
         raise ValueError("distill: data is empty; expected images, or batches that can be gone through again")
@@ -193,7 +198,8 @@ def distill(
     modes = [(module, module.training) for module in student.modules()]
     devices = [like.device] if like.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices), progress_bar(progress, epochs, "distilling") as bar:
+        bar_of = progress_bar(progress, epochs, "distilling")
+        with torch.enable_grad(), torch.random.fork_rng(devices=devices), bar_of as bar:
             torch.manual_seed(seed)
             for follower in attach:
                 follower.attach(optimizer)
@@ -209,7 +215,8 @@ def distill(
                     loss = distiller(output, labels)
                     if not bool(torch.isfinite(loss)):
                         raise ValueError(
-                            f"distill: the loss of epoch {epoch} is {float(loss.detach())}; lower the learning_rate"
+                            f"distill: the loss of epoch {epoch} is {float(loss.detach())}, expected a finite one; "
+                            "give finite images, or a lower learning_rate"
                         )
                     optimizer.zero_grad()
                     loss.backward()
@@ -312,4 +319,7 @@ def _read(batch: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None, dict[
     images, labels = (
         (batch[0], batch[1] if len(batch) > 1 else None) if isinstance(batch, tuple | list) else (batch, None)
     )
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        what = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"distill: a batch has {what} for images; expected a float tensor (N, C, H, W)")
     return moved(images), moved(labels), {}

@@ -49,8 +49,9 @@ def test_the_student_comes_closer_to_its_teacher(pair, form):
 def test_the_same_seed_gives_the_same_student(pair):
     student, teacher = pair
     twin = convert(teacher, SWConfig(mode="shiftwise", tile=3, edges=2, ghost=0.25))
-    for each in (student, twin):
-        distill(each, teacher, images(32), epochs=1, augment=lambda x: x + 0.1 * torch.randn_like(x))
+    for each, grad in ((student, True), (twin, False)):
+        with torch.set_grad_enabled(grad):
+            distill(each, teacher, images(32), epochs=1, augment=lambda x: x + 0.1 * torch.randn_like(x))
     assert all(
         torch.equal(a, b) for a, b in zip(student.state_dict().values(), twin.state_dict().values(), strict=True)
     )
@@ -129,7 +130,17 @@ def test_what_cannot_be_distilled_is_refused(pair):
         distill(student, teacher, [])
     with pytest.raises(ValueError, match="gone through again"):
         distill(student, teacher, iter([images(4)]))
-    with pytest.raises(ValueError, match="lower the learning_rate"):
+    with pytest.raises(ValueError, match=r"torch.uint8 \(4, 8, 9, 9\) for images"):
+        distill(student, teacher, images(4).to(torch.uint8))
+    with pytest.raises(ValueError, match="ndarray for images"):
+        distill(student, teacher, [images(4).numpy()])
+    with pytest.raises(ValueError, match="student and teacher are one model"):
+        distill(student, student, images(4))
+    with pytest.raises(ValueError, match="no parameter of the student requires gradients"):
+        distill(convert(teacher).requires_grad_(False), teacher, images(4))
+    with pytest.raises(ValueError, match="expected a finite one; give finite images"):
+        distill(student, teacher, torch.full((4, 8, 9, 9), torch.nan))
+    with pytest.raises(ValueError, match="or a lower learning_rate"):
         distill(student, teacher, images(32), learning_rate=1e30, epochs=20)
     assert not student.training
     with pytest.raises(ValueError, match="temperature 0"):
