@@ -299,16 +299,31 @@ def test_refitted_linear_layers_bring_the_output_closer(net):
     assert all(each.after < each.before and not each.reason for each in done)
 
 
+@torch.no_grad()
+def test_blocks_are_probed_as_finely_as_their_dtype_is(net):
+    x, net = images(40).bfloat16(), net.bfloat16()
+    settings = quick(x, refit=True)
+    convert(net, config(ghost=0.5), calibration=settings)
+    assert [each.path for each in settings.report.refitted] == [
+        f"blocks.{i}.{name}" for i in "01" for name in ("first", "second")
+    ]
+    assert not any(each.reason for layer in settings.report.layers for each in layer.refitted)
+
+
 def test_a_block_that_does_more_with_its_last_layer_is_not_solved_for(net):
+    class Faint(Block):
+        def forward(self, x):
+            return x + 1e-7 * (super().forward(x) - x)
+
     class Bent(Block):
         def forward(self, x):
             return torch.relu(super().forward(x))
 
-    net.blocks[0].__class__ = Bent
-    settings = quick(images(40), refit=True)
-    convert(net, config(), calibration=settings)
-    reasons = [each.reason for each in settings.report.layers[0].refitted]
-    assert any("does more with its last" in reason for reason in reasons)
+    for kind, reason in ((Faint, "rounding hides it"), (Bent, "does more with its last")):
+        net.blocks[0].__class__ = kind
+        settings = quick(images(40), refit=True)
+        convert(net, config(), calibration=settings)
+        assert any(reason in each.reason for each in settings.report.layers[0].refitted)
     alone = quick(images(40), refit=True)
     convert(nn.Sequential(conv(8, 9), nn.ReLU()), config(), calibration=alone)
     assert "no linear layer" in alone.report.layers[0].refitted[0].reason
