@@ -118,7 +118,11 @@ def _convert_calibrated(
     try:
         twin = operand(model, inplace=False)
     except ValueError as error:
-        raise ValueError(f"{error}. Calibration needs a copy to convert, in place, too") from error
+        reason, _, _ = str(error).rpartition("; ")  # what follows is to work in place
+        raise ValueError(
+            f"convert: calibration converts a copy, in place, too, and this model has none: {reason}; expected a model "
+            "that copy.deepcopy copies whole"
+        ) from error
     settings = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
     converted = calibrate(model, twin, inspection.matches, config, settings)
     if not inplace:

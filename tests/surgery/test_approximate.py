@@ -115,14 +115,23 @@ def test_batch_norms_of_the_original_are_folded():
 
 def test_layers_that_cannot_be_shared_are_reported():
     model = nn.Sequential(
-        nn.Conv2d(8, 16, 7, padding=3, groups=8), conv(8, 8, padding="same"), conv(8, padding=0), conv(8, 7, stride=2)
+        nn.Conv2d(8, 16, 7, padding=3, groups=8),
+        conv(8, 8, padding="same"),
+        conv(8, padding=0),
+        conv(8, 7, stride=2),
+        Parallel(conv_bn(8, 13), conv_bn(8, 5)),
+        conv(2, 7),
     )
-    inspection = inspect_model(model, config())
+    model[4].parts[1][1] = nn.BatchNorm2d(8, track_running_stats=False)
+    inspection = inspect_model(model, config(ghost=0.25))
     assert [match.path for match in inspection.matches] == ["3"]
     reasons = {skipped.path: skipped.reason for skipped in inspection.skipped}
     assert "8 -> 16" in reasons["0"]
     assert "keeps the size" in reasons["1"]
     assert "keeps the size" in reasons["2"]
+    assert "parts.1.1 has no running statistics" in reasons["4"]
+    assert reasons["5"] == "ghost 0.25 leaves none of its 2 channels; lower it"
+    convert(model, config(ghost=0.25))
 
 
 def test_parameters_are_announced_as_they_come_to_be():

@@ -156,6 +156,7 @@ BAD = {
     "NaN in a batch": ([torch.full((2, 8, 9, 9), torch.nan)], r"blocks.0.large: .* in the layer's input"),
     "single images": (list(torch.zeros(2, 8, 9, 9)), r"batch 0 has a torch.float32 tensor \(8, 9, 9\)"),
     "an array": (np.zeros((2, 8, 9, 9)), "batch 0 has a ndarray"),
+    "no batches": (lambda model: model.blocks(images()[0]), r"blocks.0.large: .* as \(8, 9, 9\), .* on batches"),
     "labels alone": ([torch.zeros(4, dtype=torch.long)], "batch 0 has a torch.int64 tensor"),
     "too few": (torch.randn(1, 8, 5, 5), "25 positions .* 45 taps"),
 }

@@ -127,6 +127,12 @@ def test_a_model_that_cannot_be_copied_is_named_with_the_way_out():
     with pytest.raises(ValueError, match=r"cannot be copied .*inplace=True"):
         convert(model)
     assert shiftwise(convert(model, inplace=True))
+    locked = nn.Sequential(conv())
+    locked.lock = model.lock
+    with pytest.raises(
+        ValueError, match=r"converts a copy, in place, too, .* cannot be copied .*; expected a model that"
+    ):
+        convert(locked, SWConfig(mode="shiftwise"), calibration=torch.randn(2, 4, 9, 9), inplace=True)
 
 
 class TestFailure:

@@ -129,6 +129,12 @@ def _check(
             f"calibration: the images do not reach {missing}; give images or a function that run the model through "
             "these layers, or leave them out with select=..."
         )
+    for path, visit in met.items():
+        if wrong := next((tuple(shape) for shape in visit.inputs if len(shape) != 4), None):
+            raise ValueError(
+                f"{path or 'model'}: the images reach this layer as {wrong}, expected maps (B, C, H, W): run the model "
+                "on batches"
+            )
     return met
 
 
