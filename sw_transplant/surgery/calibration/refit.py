@@ -141,14 +141,15 @@ def _probe(model: nn.Module, block: str, line: str, images: Images) -> Tensor:
             results.append(seen["block"][0])
     finally:
         hook.remove()
-    zero, one, other = results
+    rounding = 4 * torch.finfo(results[0].dtype).eps
+    zero, one, other = (computed_in(each).double() for each in results)
     axis = 1 if zero.dim() == 4 and zero.shape[1] == len(noise) else zero.dim() - 1
     if zero.shape[axis] != len(noise):
         raise _UnsuitableError(f"the block gives {tuple(zero.shape)}, not the {len(noise)} channels of its last layer")
-    factor, check = ((each.double() - zero.double()).movedim(axis, -1).flatten(0, -2) for each in (one, other))
+    factor, check = ((each - zero).movedim(axis, -1).flatten(0, -2) for each in (one, other))
     mean = factor.mean(0)
     expected = mean * noise.to(mean)
-    rounding, size = 4 * torch.finfo(zero.dtype).eps * _rms(zero), _rms(expected)
+    rounding, size = rounding * _rms(zero), _rms(expected)
     if not rounding < 0.1 * size:
         raise _UnsuitableError("the block adds so little of its last linear layer's output that rounding hides it")
     if not _rms(check - expected) <= _MATCHES * size + rounding:
@@ -157,7 +158,7 @@ def _probe(model: nn.Module, block: str, line: str, images: Images) -> Tensor:
 
 
 def _rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
+    return float(x.square().mean().sqrt())
 
 
 def _width(layer: nn.Module) -> int:
