@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sw_transplant.batches import describe
 from sw_transplant.check.report import Count, OutputError, VerifyReport
 
 _BEFORE = (
@@ -45,11 +46,6 @@ def logits_name(outputs: Mapping[str, Any], images: int) -> str | None:
         flat = [name for name in flat if name == "logits"]
     # pooler_output: Hugging Face's features before the classifier
     return flat[0] if len(flat) == 1 and flat[0] != "pooler_output" else None
-
-
-def describe(value: Any) -> str:
-    """A value for an error message: dtype and shape of a tensor, else the class."""
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _float64(x: Tensor) -> Tensor:

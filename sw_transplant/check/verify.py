@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sw_transplant.batches import describe, is_images
 from sw_transplant.check.certificate import certificate as make_certificate
 from sw_transplant.check.certificate import hash_tensors, hash_weights
-from sw_transplant.check.comparison import Comparison, describe, leaves, logits_name
+from sw_transplant.check.comparison import Comparison, leaves, logits_name
 from sw_transplant.check.model_input import ModelInput
 from sw_transplant.check.reference import Reference
 from sw_transplant.check.report import SAME_FUNCTION, Count, OutputError, VerificationError, VerifyReport
@@ -208,7 +209,7 @@ def _split(data: Any, batch_size: int) -> Iterable[Any]:
         return data.split(batch_size)
     if isinstance(data, Tensor | Mapping):
         return [data]
-    if isinstance(data, tuple | list) and len(data) == 2 and _is_images(data[0]) and not _is_batch(data[1]):
+    if isinstance(data, tuple | list) and len(data) == 2 and _has_four_axes(data[0]) and not _is_batch(data[1]):
         images, labels, _ = _read_batch(data)  # before cutting, which would hide that there are more labels than images
         cut = images.split(batch_size)
         return cut if labels is None else list(zip(cut, labels.split(batch_size), strict=True))
@@ -217,13 +218,13 @@ def _split(data: Any, batch_size: int) -> Iterable[Any]:
     raise ValueError(f"verify: data is a {type(data).__name__}; expected {_DATA_FORMS}.")
 
 
-def _is_images(value: Any) -> bool:
+def _has_four_axes(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 4
 
 
 def _is_batch(value: Any) -> bool:
     first = value[0] if isinstance(value, tuple | list) and value else value
-    return _is_images(first) or isinstance(value, Mapping)
+    return _has_four_axes(first) or isinstance(value, Mapping)
 
 
 def _read_batch(item: Any) -> _Batch:
@@ -233,7 +234,7 @@ def _read_batch(item: Any) -> _Batch:
         images, labels = item.get("pixel_values"), item.get("labels")
     elif isinstance(item, tuple | list) and len(item) in (1, 2):
         images, labels = item[0], item[1] if len(item) == 2 else None
-    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point() or not len(images):
+    if not is_images(images) or not len(images):
         raise ValueError(
             f"verify: a batch has {describe(images)} for images; expected a floating-point tensor (N, C, H, W), N at "
             f"least 1, preprocessed for the model. The data may be {_DATA_FORMS}."

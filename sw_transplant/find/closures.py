@@ -73,4 +73,4 @@ def _held(model: nn.Module, known: set[nn.Module]) -> Iterator[tuple[nn.Module, 
 
 
 def _common(what: str, name: str) -> str:
-    return f"{what} {name} of the model that is copied: a copy would go on using it; pass inplace=True"
+    return f"{what} {name} of the model that is copied: a copy would go on using it"

@@ -104,8 +104,8 @@ class _Search:
         matches = [self._described(site, branches) for site, branches in self.sites.items()]
         skipped = [entry for module, entry in self.left if module not in self.claimed]
         if self.config.mode == "shiftwise":
-            sites = zip(matches, self.sites, strict=True)
-            reasons = {match: reason_against_sharing(match, site, self.config) for match, site in sites}
+            pairs = zip(matches, self.sites, strict=True)
+            reasons = {match: reason_against_sharing(match, site, self.config) for match, site in pairs}
             matches = [match for match, reason in reasons.items() if reason is None]
             for match, reason in reasons.items():
                 if reason is not None:

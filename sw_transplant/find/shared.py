@@ -6,6 +6,7 @@ from torch import nn
 
 from sw_transplant.config import SWConfig
 from sw_transplant.find.match import Match
+from sw_transplant.layers.folding import keeps_statistics
 from sw_transplant.layers.orders import ghost_channels
 
 DEFAULT_TILE = 3
@@ -40,7 +41,7 @@ def reason_against_sharing(match: Match, site: nn.Module, config: SWConfig) -> s
         )
         if not centred or geometry.growth != (0, 0):
             return "mode 'shiftwise' keeps the size of the map; here kernel or padding are even, uneven or missing"
-        if branch.bn is not None and getattr(site.get_submodule(branch.bn), "running_mean", None) is None:
+        if branch.bn is not None and not keeps_statistics(site.get_submodule(branch.bn)):
             return f"mode 'shiftwise' folds BatchNorms, and {branch.bn} has no running statistics"
     if not active_count(match.out_channels, config):
         return f"ghost {config.ghost} leaves none of its {match.out_channels} channels; lower it"

@@ -13,7 +13,7 @@ from sw_transplant.forms import DenseKernel, add_kernels, dense_kernel, join_ext
 from sw_transplant.geometry import BranchGeometry, Extent, Size, enclose
 from sw_transplant.layers.branch import Branch
 from sw_transplant.layers.computed import ComputedTensor, Source, computed
-from sw_transplant.layers.folding import total
+from sw_transplant.layers.folding import keeps_statistics, total
 from sw_transplant.layers.parameters import drop_hooks, take_over
 from sw_transplant.layers.placed_tiles import PlacedTiles
 from sw_transplant.ops.tracing import is_observed
@@ -316,7 +316,7 @@ class AsConv2d:
             NotImplementedError: a BatchNorm keeps no running statistics, so that there is nothing to fold.
         """
         for i, branch in enumerate(self.parts()):
-            if branch.bn is not None and getattr(branch.bn, "running_mean", None) is None:
+            if branch.bn is not None and not keeps_statistics(branch.bn):
                 raise NotImplementedError(
                     f"ShiftwiseConv2d: the BatchNorm of branch {i} has no running statistics to fold; "
                     "expected track_running_stats=True"

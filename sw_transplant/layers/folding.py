@@ -10,6 +10,11 @@ import torch
 from torch import Tensor, nn
 
 
+def keeps_statistics(bn: nn.Module) -> bool:
+    """Whether a BatchNorm has running statistics, without which nothing folds."""
+    return getattr(bn, "running_mean", None) is not None
+
+
 def batch_norm_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
     """Eval-mode BatchNorm as y = scale * x + offset, ``(C,)`` each, in float32 or float64."""
     mean, var = bn.running_mean, bn.running_var

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sw_transplant.equivalence import Inverse
 from sw_transplant.forms import LiveTiles, Placed
 from sw_transplant.geometry import BranchGeometry, Extent, Size
-from sw_transplant.layers.folding import batch_norm_affine
+from sw_transplant.layers.folding import batch_norm_affine, keeps_statistics
 
 
 class PlacedTiles:
@@ -50,7 +50,7 @@ class PlacedTiles:
     @property
     def folds(self) -> bool:
         """Whether the branch is linear as it stands: no BatchNorm, or one that uses its running statistics."""
-        return self.bn is None or (not self.bn.training and getattr(self.bn, "running_mean", None) is not None)
+        return self.bn is None or (not self.bn.training and keeps_statistics(self.bn))
 
     def placed(self, origin: Size, *, fold: bool, dense: bool = False) -> list[Placed]:
         """The branch as tensors, to be added up.

@@ -19,7 +19,7 @@ from sw_transplant.layers.sw_conv2d import SWConv2d
 from sw_transplant.surgery.approximate import build_shared
 from sw_transplant.surgery.calibration.calibrate import calibrate
 from sw_transplant.surgery.calibration.options import Calibration
-from sw_transplant.surgery.copies import operand
+from sw_transplant.surgery.copies import copy_whole, operand
 from sw_transplant.surgery.hosts import hosts_of
 from sw_transplant.surgery.origin import remember
 
@@ -116,11 +116,10 @@ def _convert_calibrated(
     if calibration is None:
         raise ValueError("convert: ghost_budget 'global' compares layers by their responses; give calibration=images")
     try:
-        twin = operand(model, inplace=False)
+        twin = copy_whole(model)
     except ValueError as error:
-        reason, _, _ = str(error).rpartition("; ")  # what follows is to work in place
         raise ValueError(
-            f"convert: calibration converts a copy, in place, too, and this model has none: {reason}; expected a model "
+            f"convert: calibration converts a copy, in place, too, and this model has none: {error}; expected a model "
             "that copy.deepcopy copies whole"
         ) from error
     settings = calibration if isinstance(calibration, Calibration) else Calibration(calibration)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sw_transplant.batches import describe, is_images
 from sw_transplant.layers.shiftwise_conv2d import ShiftwiseConv2d
 from sw_transplant.surgery.calibration.progress import progress_bar
 from sw_transplant.surgery.calibration.responses import logits_of
@@ -319,7 +320,6 @@ def _read(batch: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None, dict[
     images, labels = (
         (batch[0], batch[1] if len(batch) > 1 else None) if isinstance(batch, tuple | list) else (batch, None)
     )
-    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
-        what = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"distill: a batch has {what} for images; expected a float tensor (N, C, H, W)")
+    if not is_images(images):
+        raise ValueError(f"distill: a batch has {describe(images)} for images; expected a float tensor (N, C, H, W)")
     return moved(images), moved(labels), {}

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sw_transplant.batches import describe, is_images
+
 Run = Callable[[nn.Module], Any]
 """Calls a model on one batch."""
 
@@ -79,8 +81,8 @@ class _Call:
             return model(**{key: _moved(value, like) for key, value in kept.items() if key not in _LABELS})
         images = batch[0] if isinstance(batch, tuple | list) else batch
         if not isinstance(images, Tensor):
-            raise ValueError(f"calibration: batch {self.number} has a {type(images).__name__}; expected {FORMS}")
-        if images.dim() != 4 or not images.is_floating_point() or not images.numel():
+            raise ValueError(f"calibration: batch {self.number} has {describe(images)}; expected {FORMS}")
+        if not is_images(images) or not images.numel():
             raise ValueError(
                 f"calibration: batch {self.number} has a {images.dtype} tensor {tuple(images.shape)} for images; "
                 f"expected {FORMS}"
@@ -103,7 +105,7 @@ def read_images(data: Any, batch_size: int = 16, held_out: float = 0.0) -> Image
     if isinstance(data, Mapping):
         data = [data]
     if isinstance(data, Tensor):
-        if data.dim() != 4 or not len(data) or not data.is_floating_point():
+        if not is_images(data) or not len(data):
             raise ValueError(
                 f"calibration: a {data.dtype} tensor {tuple(data.shape)}, expected images (N, C, H, W), preprocessed "
                 "as the model takes them, N at least 1"

@@ -141,7 +141,7 @@ def _probe(model: nn.Module, block: str, line: str, images: Images) -> Tensor:
             results.append(seen["block"][0])
     finally:
         hook.remove()
-    rounding = 4 * torch.finfo(results[0].dtype).eps
+    epsilon = torch.finfo(results[0].dtype).eps
     zero, one, other = (computed_in(each).double() for each in results)
     axis = 1 if zero.dim() == 4 and zero.shape[1] == len(noise) else zero.dim() - 1
     if zero.shape[axis] != len(noise):
@@ -149,7 +149,7 @@ def _probe(model: nn.Module, block: str, line: str, images: Images) -> Tensor:
     factor, check = ((each - zero).movedim(axis, -1).flatten(0, -2) for each in (one, other))
     mean = factor.mean(0)
     expected = mean * noise.to(mean)
-    rounding, size = rounding * _rms(zero), _rms(expected)
+    rounding, size = 4 * epsilon * _rms(zero), _rms(expected)
     if not rounding < 0.1 * size:
         raise _UnsuitableError("the block adds so little of its last linear layer's output that rounding hides it")
     if not _rms(check - expected) <= _MATCHES * size + rounding:
